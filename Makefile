@@ -1,0 +1,44 @@
+# Every command sets up what it needs, in a virtual environment of its own.
+#
+#   make demo          trains a small language model on this machine
+#   make test          the tests, on the newest JAX
+#   make test-oldest   the tests, on the oldest JAX supported
+#   make check         formatting, lint and types
+
+# The newest JAX needs Python 3.12; the oldest supported one runs on 3.11.
+pick = $(firstword $(foreach p,$(1),$(shell $(p) -c 'import venv' 2>/dev/null && echo $(p))))
+PYTHON ?= $(call pick,python3.12 python3.13 python3.11 python3)
+OLDEST_PYTHON ?= $(call pick,python3.11 python3.12 python3.13 python3)
+WORKERS ?= 2
+
+.PHONY: demo test test-oldest check clean
+
+demo: .venv/ready
+	.venv/bin/python -m scattermoe_jax.models.train
+
+test: .venv/ready
+	.venv/bin/python -m pytest -n $(WORKERS)
+
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest -n $(WORKERS)
+
+check: .venv/ready
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+.venv-oldest/ready: pyproject.toml
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --upgrade pip
+	.venv-oldest/bin/pip install --quiet --editable '.[test]' \
+	  jax==0.7.2 jaxlib==0.7.2 flax==0.11.2
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest build dist *.egg-info

@@ -1,0 +1,77 @@
+"""The JAX version, the device and the environment, as plain values.
+
+The only file that asks what machine this is. Everything below it takes the
+answer as an argument, so that a kernel for one device can be built, lowered and
+interpreted on another.
+"""
+
+import os
+from typing import NamedTuple
+
+import jax
+
+_IMPLEMENTATION_VARIABLE = "SCATTERMOE_JAX_IMPLEMENTATION"
+
+# Compute capability by the names that an AbstractDevice carries (a device that
+# is only described has no capability to ask for).
+_CAPABILITY_OF_KIND = (
+  ("T4", (7, 5)),
+  ("A100", (8, 0)),
+  ("L40", (8, 9)),
+  ("L4", (8, 9)),
+  ("H100", (9, 0)),
+  ("H200", (9, 0)),
+  ("B200", (10, 0)),
+  ("RTX PRO 6000 Blackwell", (12, 0)),
+  ("RTX 5090", (12, 0)),
+)
+
+
+class Device(NamedTuple):
+  """The device that a computation is traced for.
+
+  Attributes:
+    platform: "cpu", "gpu" or "tpu".
+    kind: the vendor's name, such as "NVIDIA H200".
+    capability: CUDA compute capability (major, minor); None if not a CUDA GPU.
+    num_cores: streaming multiprocessors; None if not a GPU.
+  """
+
+  platform: str
+  kind: str
+  capability: tuple[int, int] | None = None
+  num_cores: int | None = None
+
+
+def current_device() -> Device:
+  """Returns the device described by the abstract mesh, else JAX's default."""
+  abstract = _abstract_device()
+  if abstract is not None:
+    kind = abstract.device_kind
+    capability = next(
+      (c for name, c in _CAPABILITY_OF_KIND if name in kind), None
+    )
+    platform = "gpu" if abstract.platform in ("cuda", "gpu") else "cpu"
+    return Device(platform, kind, capability, abstract.num_cores)
+  device = jax.config.jax_default_device or jax.devices()[0]
+  if isinstance(device, str):
+    device = jax.devices(device)[0]
+  if device.platform != "gpu":
+    return Device(device.platform, device.device_kind)
+  capability = getattr(device, "compute_capability", None)
+  if capability is not None:
+    major, _, minor = str(capability).partition(".")
+    capability = (int(major), int(minor or 0))
+  return Device(
+    "gpu", device.device_kind, capability, getattr(device, "core_count", None)
+  )
+
+
+def _abstract_device():
+  get_mesh = getattr(jax.sharding, "get_abstract_mesh", None)
+  return getattr(get_mesh(), "abstract_device", None) if get_mesh else None
+
+
+def requested_implementation() -> str | None:
+  """Returns SCATTERMOE_JAX_IMPLEMENTATION, the user's override, or None."""
+  return os.environ.get(_IMPLEMENTATION_VARIABLE) or None

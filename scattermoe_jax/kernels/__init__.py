@@ -1,0 +1,48 @@
+"""Grouped products over routed rows: one contract, three backends.
+
+A backend is a module with the functions below. None of them is differentiable;
+`scattermoe_jax.ops` gives them gradients.
+
+  check(problem) -> str | None
+      why this backend cannot run `problem`, in words; None if it can.
+
+  scatter2scatter(x, w, routing, *, bias, grouped_in, grouped_out, transpose_w,
+                  precision) -> y
+      y[row] = x[row] @ w[expert of row] (+ bias[expert of row])
+
+  group_xty(x, y, routing, *, x_grouped, y_grouped, precision) -> (E, d, n)
+      xty[e] = x_e^T y_e over the rows of expert e; zero for an expert of none.
+
+  up_projection(x, w, routing, *, bias, activation, keep_h, precision)
+      -> (h or None, a)
+      h = scatter2scatter(x, w, grouped_out=True); a = activation(h).
+
+  down_projection_grad(dy, w, h, gates, routing, *, activation, precision)
+      -> (dh, weighted_a, dgates)
+      The backward of `sum_j gates * (activation(h) @ w)` down to h:
+      da' = dy w^T; dgates = <da', a>; dh = (gates * da') dact/dh;
+      weighted_a = gates * a. All in grouped rows, w as the forward stores it.
+
+Rows: a scattered operand has S rows, or T rows of which the k choices of a
+token share one; a grouped operand has S rows. Outputs have S rows. Rows of
+no group (`Routing`) are zero in every output. Sums are accumulated in float32
+(float64 for float64) and stored in the dtype of x.
+Source: ScatterMoE (Tan et al., 2024), scatter2scatter and groupXtY; SonicMoE
+(Guo et al., 2025, arXiv 2512.14080), algorithm 3, for the last.
+"""
+
+from scattermoe_jax.kernels.contract import (
+  IMPLEMENTATIONS,
+  Problem,
+  accumulator_dtype,
+  choose_backend,
+  report,
+)
+
+__all__ = [
+  "IMPLEMENTATIONS",
+  "Problem",
+  "accumulator_dtype",
+  "choose_backend",
+  "report",
+]

@@ -1,0 +1,69 @@
+"""The fused forms of the contract, composed of `scatter2scatter`.
+
+What a backend without fused kernels of its own runs, and the equations that
+fused kernels must equal.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from scattermoe_jax.kernels.contract import accumulator_dtype
+from scattermoe_jax.routing import Routing
+
+
+def up_projection(
+  scatter2scatter: Callable[..., Array],
+  x: Float[Array, "rows d"],
+  w: Float[Array, "E d m"],
+  routing: Routing,
+  *,
+  bias: Float[Array, "E m"] | None,
+  activation: Any,
+  keep_h: bool,
+  precision: Any = None,
+) -> tuple[Float[Array, "S m"] | None, Float[Array, "S n"]]:
+  """Returns (h, a): h = x w_e (None unless `keep_h`) and a = activation(h)."""
+  h = scatter2scatter(
+    x, w, routing, bias=bias, grouped_out=True, precision=precision
+  )
+  a = activation.apply(h)
+  return (h if keep_h else None), a
+
+
+def down_projection_grad(
+  scatter2scatter: Callable[..., Array],
+  dy: Float[Array, "T d"],
+  w: Float[Array, "E n d"],
+  h: Float[Array, "S m"],
+  gates: Float[Array, " S"],
+  routing: Routing,
+  *,
+  activation: Any,
+  precision: Any = None,
+) -> tuple[Float[Array, "S m"], Float[Array, "S n"], Float[Array, " S"]]:
+  """Returns (dh, weighted_a, dgates), the backward down to the pre-activation.
+
+  da' = dy w_e^T; dgates = <da', a>; dh = (gates da') dact/dh;
+  weighted_a = gates a. The gate gradient needs no row of y, since
+  <dy, a w> = <dy w^T, a>.
+  """
+  da = scatter2scatter(
+    dy, w, routing, grouped_out=True, transpose_w=True, precision=precision
+  )
+  return activation_grad(da, h, gates, activation)
+
+
+def activation_grad(
+  da: Float[Array, "S n"],
+  h: Float[Array, "S m"],
+  gates: Float[Array, " S"],
+  activation: Any,
+) -> tuple[Float[Array, "S m"], Float[Array, "S n"], Float[Array, " S"]]:
+  """Returns (dh, weighted_a, dgates) from the unweighted da'."""
+  wide = accumulator_dtype(da.dtype)
+  da_wide, gate = da.astype(wide), gates.astype(wide)[:, None]
+  a, dh = activation.value_and_vjp(h.astype(wide), gate * da_wide)
+  dgates = (da_wide * a).sum(axis=-1)
+  return dh.astype(h.dtype), (gate * a).astype(da.dtype), dgates

@@ -1,0 +1,185 @@
+"""Activations of an expert, each with its derivative in the same few lines.
+
+Written as (value, derivative) pairs of elementwise arithmetic, so that the same
+lines run in XLA, in a kernel's epilogue and in the backward's. With a gate, the
+pre-activation h = [g, u] holds the gate half first and a = f(g) * u.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scattermoe_jax.kernels import accumulator_dtype
+
+# f(z) -> (f(z), df/dz)
+ValueAndSlope = Callable[[Array], tuple[Array, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+  """An elementwise function of the pre-activation, gated or not.
+
+  Attributes:
+    name: what users call it.
+    value_and_slope: f and its derivative.
+    gated: whether h is [g, u] and a = f(g) * u; else a = f(h).
+    limit: clamps g to at most this and u to at most this in magnitude; gated
+      only. Gradients are zero where clamped.
+    up_offset: added to u, after the clamp; gated only.
+  """
+
+  name: str
+  value_and_slope: ValueAndSlope
+  gated: bool = False
+  limit: float | None = None
+  up_offset: float = 0.0
+
+  def apply(self, h: Float[Array, "*rows m"]) -> Float[Array, "*rows n"]:
+    """Returns a, computed in float32 or wider, in the dtype of h."""
+    wide = h.astype(accumulator_dtype(h.dtype))
+    if self.gated:
+      return self.of_gate(*jnp.split(wide, 2, axis=-1)).astype(h.dtype)
+    return self.value_and_slope(wide)[0].astype(h.dtype)
+
+  def value_and_vjp(
+    self, h: Float[Array, "*rows m"], da: Float[Array, "*rows n"]
+  ) -> tuple[Float[Array, "*rows n"], Float[Array, "*rows m"]]:
+    """Returns (a, dh) for the gradient da of a, in the dtype given."""
+    if self.gated:
+      g, u = jnp.split(h, 2, axis=-1)
+      a, dg, du = self.of_gate_and_vjp(g, u, da)
+      return a, jnp.concatenate([dg, du], axis=-1)
+    a, slope = self.value_and_slope(h)
+    return a, da * slope
+
+  def of_gate(self, g: Array, u: Array) -> Array:
+    """Returns a = f(g) * u, clamped and offset as the fields say."""
+    g, u = self._clamp(g, u)
+    return self.value_and_slope(g)[0] * (u + self.up_offset)
+
+  def of_gate_and_vjp(
+    self, g: Array, u: Array, da: Array
+  ) -> tuple[Array, Array, Array]:
+    """Returns (a, dg, du): dg = da u f'(g), du = da f(g)."""
+    clamped_g, clamped_u = self._clamp(g, u)
+    value, slope = self.value_and_slope(clamped_g)
+    up = clamped_u + self.up_offset
+    dg, du = da * up * slope, da * value
+    if self.limit is not None:
+      dg = jnp.where(g <= self.limit, dg, jnp.zeros_like(dg))
+      du = jnp.where(jnp.abs(u) <= self.limit, du, jnp.zeros_like(du))
+    return value * up, dg, du
+
+  def _clamp(self, g: Array, u: Array) -> tuple[Array, Array]:
+    if self.limit is None:
+      return g, u
+    return (
+      jnp.minimum(g, self.limit),
+      jnp.maximum(jnp.minimum(u, self.limit), -self.limit),
+    )
+
+
+def clamped_swiglu(alpha: float = 1.702, limit: float = 7.0) -> Activation:
+  """Returns gpt-oss's a = (u + 1) g sigmoid(alpha g), with g and u clamped.
+
+  Source: transformers, GptOssExperts (alpha and limit as released).
+  """
+  return Activation(
+    name="clamped_swiglu",
+    value_and_slope=_swish(alpha),
+    gated=True,
+    limit=limit,
+    up_offset=1.0,
+  )
+
+
+def get_activation(activation: str | Activation, *, gated: bool) -> Activation:
+  """Returns the activation of that name, gated or not.
+
+  Args:
+    activation: a name in `ACTIVATIONS`, or an `Activation`.
+    gated: whether the weights have a gate half.
+
+  Raises:
+    ValueError: if the name is unknown, or the activation needs a gate that the
+      weights lack, or the other way round.
+  """
+  if isinstance(activation, str):
+    if activation not in ACTIVATIONS:
+      raise ValueError(
+        f"activation must be one of {ACTIVATIONS} or an Activation, got "
+        f"{activation!r}."
+      )
+    if activation == "clamped_swiglu":
+      activation = clamped_swiglu()
+    else:
+      activation = _NAMED[activation, gated]
+  if activation.gated != gated:
+    needs = "w_in of width 2n" if activation.gated else "w_in of width n"
+    raise ValueError(
+      f"activation {activation.name!r} needs {needs}: w_in has the width of a "
+      f"{'gated' if gated else 'plain'} one."
+    )
+  return activation
+
+
+# Cached, so that activations of equal values are equal: they are static
+# arguments, and two unequal ones would trace twice.
+@functools.cache
+def _swish(beta: float) -> ValueAndSlope:
+  def value_and_slope(z):
+    sigmoid = jax.nn.sigmoid(z * beta)
+    value = z * sigmoid
+    return value, sigmoid + value * beta * (1 - sigmoid)
+
+  return value_and_slope
+
+
+def _gelu_tanh(z):
+  # z (1 + tanh(c (z + b z^3))) / 2
+  c, b = math.sqrt(2 / math.pi), 0.044715
+  t = jnp.tanh(c * (z + b * z * z * z))
+  slope = 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * b * z * z)
+  return 0.5 * z * (1 + t), slope
+
+
+def _gelu(z):
+  # z Phi(z), Phi the normal distribution function
+  phi = 0.5 * (1 + jax.lax.erf(z * math.sqrt(0.5)))
+  density = jnp.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+  return z * phi, phi + z * density
+
+
+def _relu(z):
+  return jnp.maximum(z, 0), jnp.where(z > 0, jnp.ones_like(z), 0)
+
+
+def _relu2(z):
+  positive = jnp.maximum(z, 0)
+  return positive * positive, 2 * positive
+
+
+def _identity(z):
+  return z, jnp.ones_like(z)
+
+
+_FUNCTIONS = {
+  "silu": _swish(1.0),
+  "gelu": _gelu,
+  "gelu_tanh": _gelu_tanh,
+  "relu": _relu,
+  "relu2": _relu2,
+  "identity": _identity,
+}
+_NAMED = {
+  (name, gated): Activation(name, function, gated)
+  for name, function in _FUNCTIONS.items()
+  for gated in (False, True)
+}
+
+ACTIVATIONS = (*_FUNCTIONS, "clamped_swiglu")

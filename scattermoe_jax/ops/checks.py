@@ -1,0 +1,112 @@
+"""Every check of a user's arguments, at trace time, in words."""
+
+import jax.numpy as jnp
+
+from scattermoe_jax.routing import Routing
+
+
+def check_rows(
+  function: str, x, routing: Routing, *, grouped: bool, name: str = "x"
+) -> None:
+  """Raises ValueError unless x has T or S rows (S if grouped) of one width."""
+  num_tokens, num_rows = routing.num_tokens, routing.num_rows
+  if jnp.ndim(x) != 2:
+    raise ValueError(
+      f"{function}: {name} must have shape (rows, d), got {jnp.shape(x)}; "
+      "flatten batch and sequence into rows."
+    )
+  rows = jnp.shape(x)[0]
+  if grouped and rows != num_rows:
+    raise ValueError(
+      f"{function}: {name} has {rows} rows; this routing needs S = {num_rows} "
+      "(one per choice) for a grouped input."
+    )
+  if rows not in (num_tokens, num_rows):
+    raise ValueError(
+      f"{function}: {name} has {rows} rows; this routing needs T = "
+      f"{num_tokens} (one per token) or S = {num_rows} (one per choice, or "
+      "grouped_in=True)."
+    )
+
+
+def check_weights(
+  function: str, name: str, w, routing: Routing, *, d_in: int | None = None
+) -> None:
+  """Raises ValueError unless w is (E, d_in, d_out)."""
+  shape = jnp.shape(w)
+  if len(shape) != 3:
+    raise ValueError(
+      f"{function}: {name} must have shape (E, d_in, d_out), got {shape}."
+    )
+  if shape[0] != routing.num_experts:
+    raise ValueError(
+      f"{function}: {name} has {shape[0]} experts, the routing "
+      f"{routing.num_experts}."
+    )
+  if d_in is not None and shape[1] != d_in:
+    raise ValueError(
+      f"{function}: {name} reads rows of width {shape[1]}, but got rows of "
+      f"width {d_in}; {name} is (E, d_in, d_out)."
+    )
+
+
+def check_bias(function: str, name: str, bias, w) -> None:
+  """Raises ValueError unless bias is None or (E, d_out) for its w."""
+  if bias is None:
+    return
+  expected = (jnp.shape(w)[0], jnp.shape(w)[2])
+  if jnp.shape(bias) != expected:
+    raise ValueError(
+      f"{function}: {name} must have shape (E, d_out) = {expected}, got "
+      f"{jnp.shape(bias)}."
+    )
+
+
+def check_gates(function: str, gates, routing: Routing) -> None:
+  """Raises unless gates are (T, k) floats."""
+  expected = (routing.num_tokens, routing.top_k)
+  if jnp.shape(gates) != expected:
+    raise ValueError(
+      f"{function}: gates must have shape (T, k) = {expected}, got "
+      f"{jnp.shape(gates)}."
+    )
+  _check_floating(function, "gates", gates)
+
+
+def check_dtypes(function: str, x, **weights) -> None:
+  """Raises TypeError unless all are of one floating dtype."""
+  _check_floating(function, "x", x)
+  dtype = jnp.result_type(x)
+  for name, w in weights.items():
+    if w is not None and jnp.result_type(w) != dtype:
+      raise TypeError(
+        f"{function}: {name} is {jnp.result_type(w)} but x is {dtype}; cast "
+        "one of them (the Flax modules do, by their dtype field)."
+      )
+
+
+def check_mlp_widths(function: str, w_in, w_out, d: int) -> bool:
+  """Returns whether the MLP is gated; raises ValueError if its widths disagree.
+
+  w_in (E, d, n) or (E, d, 2n) and w_out (E, n, d) tell by themselves.
+  """
+  width, n = jnp.shape(w_in)[2], jnp.shape(w_out)[1]
+  if width not in (n, 2 * n):
+    raise ValueError(
+      f"{function}: w_in has {width} columns and w_out reads n = {n}; w_in "
+      f"must have n = {n} columns, or 2n = {2 * n} with a gate half first."
+    )
+  if jnp.shape(w_out)[2] != d:
+    raise ValueError(
+      f"{function}: w_out writes rows of width {jnp.shape(w_out)[2]}, but x "
+      f"has width {d}."
+    )
+  return width == 2 * n
+
+
+def _check_floating(function: str, name: str, x) -> None:
+  dtype = jnp.result_type(x)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      f"{function}: {name} must be of a floating-point dtype, got {dtype}."
+    )

@@ -1,0 +1,86 @@
+"""The k rows of each token, weighed and summed."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scattermoe_jax.kernels import accumulator_dtype
+from scattermoe_jax.ops import checks
+from scattermoe_jax.ops.derivatives import first_derivative_only
+from scattermoe_jax.routing import Routing, input_rows
+
+
+def combine(
+  y: Float[Array, "S d"], gates: Float[Array, "T k"], routing: Routing
+) -> Float[Array, "T d"]:
+  """Returns out[t] = sum_j gates[t, j] * y[grouped row of choice j of t].
+
+  Each token gathers its own k rows: no atomics, one fixed order of the sum.
+
+  Args:
+    y: rows in grouped order.
+    gates: the weight of each choice.
+    routing: the routing.
+
+  Returns:
+    (T, d) in the dtype of y, summed in float32.
+
+  Raises:
+    ValueError: if y has not S rows or the gates are not (T, k).
+    TypeError: if either is not of a floating-point dtype.
+
+  Residuals: y and gates as given, and the ids of `routing`.
+  """
+  checks.check_rows("combine", y, routing, grouped=True, name="y")
+  checks.check_gates("combine", gates, routing)
+  checks.check_dtypes("combine", y)
+  return _combine(y, gates, routing)
+
+
+def sum_choices(
+  rows: Float[Array, "S d"], routing: Routing
+) -> Float[Array, "T d"]:
+  """Returns out[t] = sum_j rows[grouped row of choice j of t]; no gradient."""
+  choices = rows[routing.grouped_ids]
+  wide = accumulator_dtype(rows.dtype)
+  return jnp.sum(choices, axis=1, dtype=wide).astype(rows.dtype)
+
+
+def weigh_choices(
+  y: Float[Array, "S d"], gates: Float[Array, "T k"], routing: Routing
+) -> Float[Array, "T d"]:
+  """Computes `combine`, without checks and without a gradient."""
+  wide = accumulator_dtype(y.dtype)
+  choices = y[routing.grouped_ids].astype(wide)
+  return jnp.sum(gates.astype(wide)[:, :, None] * choices, axis=1).astype(
+    y.dtype
+  )
+
+
+@jax.custom_vjp
+def _combine(y, gates, routing):
+  return weigh_choices(y, gates, routing)
+
+
+def _combine_fwd(y, gates, routing):
+  return weigh_choices(y, gates, routing), (y, gates, routing)
+
+
+def _combine_bwd(residuals, dout):
+  residuals, dout = first_derivative_only("combine", (residuals, dout))
+  y, gates, routing = residuals
+  wide = accumulator_dtype(y.dtype)
+  # A gather by the inverse permutation, where autodiff would scatter and add.
+  tokens = input_rows(routing, routing.num_tokens, grouped=False)
+  row_gates = gates.reshape(-1)[routing.scattered_ids].astype(wide)
+  dy = (row_gates[:, None] * dout[tokens].astype(wide)).astype(y.dtype)
+  dgates = jnp.einsum(
+    "td,tkd->tk",
+    dout.astype(wide),
+    y[routing.grouped_ids].astype(wide),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return dy, dgates.astype(gates.dtype), None
+
+
+_combine.defvjp(_combine_fwd, _combine_bwd)

@@ -1,0 +1,218 @@
+"""The sparse MLP as one differentiable op, with a dense MLP's residuals."""
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from scattermoe_jax.kernels import accumulator_dtype, choose_backend
+from scattermoe_jax.ops import checks
+from scattermoe_jax.ops.activations import Activation, get_activation
+from scattermoe_jax.ops.combine import sum_choices, weigh_choices
+from scattermoe_jax.ops.derivatives import first_derivative_only
+from scattermoe_jax.ops.parallel_linear import bias_grad, linear_problems
+from scattermoe_jax.routing import Routing
+
+
+def smoe_mlp(
+  x: Float[Array, "T d"],
+  gates: Float[Array, "T k"],
+  routing: Routing,
+  w_in: Float[Array, "E d m"],
+  w_out: Float[Array, "E n d"],
+  *,
+  bias_in: Float[Array, "E m"] | None = None,
+  bias_out: Float[Array, "E d"] | None = None,
+  activation: str | Activation = "silu",
+  precision: lax.PrecisionLike = None,
+  implementation: str | None = None,
+) -> Float[Array, "T d"]:
+  """Returns the weighed sum of each token's k experts, each a two-layer MLP.
+
+    h = x w_in[e] + bias_in[e]          a = f(h), or f(h_gate) h_up
+    y[t] = sum_j gates[t, j] (a w_out[e] + bias_out[e])     e = expert j of t
+
+  Args:
+    x: tokens.
+    gates: the weight of each choice.
+    routing: from `route`.
+    w_in: (E, d, n), or (E, d, 2n) with the gate half first: `w_gate_up`.
+    w_out: (E, n, d).
+    bias_in: added to h.
+    bias_out: added to each expert's output, inside the weighed sum.
+    activation: a name in `ACTIVATIONS`, or an `Activation`.
+    precision: of the products, as `jax.lax.dot_general` takes it.
+    implementation: "mosaic", "triton" or "xla"; None for the first that can.
+
+  Returns:
+    (T, d) in the dtype of x.
+
+  Raises:
+    ValueError: if shapes disagree or the activation is unknown.
+    TypeError: if dtypes disagree.
+    NotImplementedError: if the named implementation cannot run it.
+
+  Residuals: x (T, d), the pre-activation h (S, m), gates (T, k), the ids of
+  `routing` and the weights. Neither the grouped x, nor a, nor any row of y is
+  kept: x is gathered again, a recomputed from h, and the gate gradient is
+  <dy w_out^T, a>. `jax.checkpoint` policies see h as "smoe_h".
+  Source: SonicMoE (Guo et al., 2025, arXiv 2512.14080), algorithms 2 and 3.
+  """
+  checks.check_rows("smoe_mlp", x, routing, grouped=False)
+  if jnp.shape(x)[0] != routing.num_tokens:
+    raise ValueError(
+      f"smoe_mlp: x has {jnp.shape(x)[0]} rows; this routing has T = "
+      f"{routing.num_tokens} tokens."
+    )
+  checks.check_gates("smoe_mlp", gates, routing)
+  d = jnp.shape(x)[1]
+  checks.check_weights("smoe_mlp", "w_in", w_in, routing, d_in=d)
+  checks.check_weights("smoe_mlp", "w_out", w_out, routing)
+  gated = checks.check_mlp_widths("smoe_mlp", w_in, w_out, d)
+  checks.check_bias("smoe_mlp", "bias_in", bias_in, w_in)
+  checks.check_bias("smoe_mlp", "bias_out", bias_out, w_out)
+  checks.check_dtypes(
+    "smoe_mlp",
+    x,
+    w_in=w_in,
+    w_out=w_out,
+    bias_in=bias_in,
+    bias_out=bias_out,
+  )
+  dtype = jnp.result_type(x)
+  backend = choose_backend(
+    linear_problems(routing, w_in, dtype)
+    + linear_problems(routing, w_out, dtype),
+    implementation,
+  )
+  static = _Static(backend, get_activation(activation, gated=gated), precision)
+  return _smoe_mlp(static, x, gates, w_in, w_out, bias_in, bias_out, routing)
+
+
+class _Static(NamedTuple):
+  backend: ModuleType
+  activation: Activation
+  precision: lax.PrecisionLike
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _smoe_mlp(static, x, gates, w_in, w_out, bias_in, bias_out, routing):
+  return _forward(
+    static, x, gates, w_in, w_out, bias_in, bias_out, routing, keep_h=False
+  )[0]
+
+
+def _forward(
+  static, x, gates, w_in, w_out, bias_in, bias_out, routing, *, keep_h
+):
+  backend, activation, precision = static
+  h, a = backend.up_projection(
+    x,
+    w_in,
+    routing,
+    bias=bias_in,
+    activation=activation,
+    keep_h=keep_h,
+    precision=precision,
+  )
+  y_rows = backend.scatter2scatter(
+    a,
+    w_out,
+    routing,
+    bias=bias_out,
+    grouped_in=True,
+    grouped_out=True,
+    precision=precision,
+  )
+  return weigh_choices(y_rows, gates, routing), h
+
+
+def _fwd(static, x, gates, w_in, w_out, bias_in, bias_out, routing):
+  y, h = _forward(
+    static, x, gates, w_in, w_out, bias_in, bias_out, routing, keep_h=True
+  )
+  h = checkpoint_name(h, "smoe_h")
+  return y, (x, h, gates, w_in, w_out, bias_in, bias_out, routing)
+
+
+def _bwd(static, residuals, dy):
+  backend, activation, precision = static
+  residuals, dy = first_derivative_only("smoe_mlp", (residuals, dy))
+  x, h, gates, w_in, w_out, bias_in, bias_out, routing = residuals
+  row_gates = gates.reshape(-1)[routing.scattered_ids]
+  # da' = dy w_out^T; dgates = <da', a>; dh = (gates da') f'(h)
+  dh, weighted_a, row_dgates = backend.down_projection_grad(
+    dy,
+    w_out,
+    h,
+    row_gates,
+    routing,
+    activation=activation,
+    precision=precision,
+  )
+  dgates = row_dgates[routing.grouped_ids]
+  dw_out = backend.group_xty(
+    weighted_a, dy, routing, x_grouped=True, precision=precision
+  )
+  dx_rows = backend.scatter2scatter(
+    dh,
+    w_in,
+    routing,
+    grouped_in=True,
+    grouped_out=True,
+    transpose_w=True,
+    precision=precision,
+  )
+  dw_in = backend.group_xty(x, dh, routing, y_grouped=True, precision=precision)
+  dbias_in = dbias_out = None
+  if bias_in is not None:
+    dbias_in = bias_grad(
+      backend, dh, routing, grouped=True, precision=precision
+    )
+  if bias_out is not None:
+    dbias_out = _weighted_bias_grad(backend, dy, row_gates, routing, precision)
+    dgates += _bias_gate_grad(dy, bias_out, routing, precision)
+  return (
+    sum_choices(dx_rows, routing),
+    dgates.astype(gates.dtype),
+    dw_in,
+    dw_out,
+    dbias_in,
+    dbias_out,
+    None,
+  )
+
+
+_smoe_mlp.defvjp(_fwd, _bwd)
+
+
+def _weighted_bias_grad(backend, dy, row_gates, routing, precision):
+  """Returns (E, d): sum of gates * dy over the rows of each expert."""
+  weights = jnp.broadcast_to(
+    row_gates.astype(dy.dtype)[:, None], (routing.num_rows, 8)
+  )
+  sums = backend.group_xty(
+    weights, dy, routing, x_grouped=True, precision=precision
+  )
+  return sums[:, 0]
+
+
+def _bias_gate_grad(dy, bias, routing, precision):
+  """Returns (T, k): <dy[t], bias[expert j of t]>; zero for 'not here'."""
+  wide = accumulator_dtype(dy.dtype)
+  products = jnp.einsum(
+    "td,ed->te",
+    dy,
+    bias,
+    precision=precision,
+    preferred_element_type=wide,
+  )
+  experts = routing.expert_ids[routing.grouped_ids]
+  return jnp.take_along_axis(
+    products, experts, axis=1, mode="fill", fill_value=0
+  )

@@ -1,0 +1,168 @@
+"""Which row belongs to which token: the ids that every op shares.
+
+A token t chooses k experts. Its choices are S = T * k rows, in two orders:
+
+  scattered   row s = t * k + j is choice j of token t       (token order)
+  grouped     rows sorted by expert, ties in token order     (expert order)
+
+  token            0     1     2                 expert   0     1        2
+  expert_ids     (2,0) (1,2) (0,1)                      +-----+-----+-----+
+  scattered row   0 1   2 3   4 5        grouped row    | 0 1 | 2 3 | 4 5 |
+                                         scattered_ids  | 1 4 | 2 5 | 0 3 |
+
+Only ids are sorted; the rows themselves stay where they are.
+Source: ScatterMoE (Tan et al., 2024, arXiv 2403.08245), section 3.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+
+class Routing(NamedTuple):
+  """The ids of one routing; made once by `route`, passed whole to every op.
+
+  A choice whose expert id lies outside [0, E) is 'not here': a padding token,
+  or an expert of another device. Its row sorts last, belongs to no group, costs
+  no product and contributes zero, forward and backward.
+
+  Attributes:
+    expert_ids: expert of each grouped row, ascending; E for 'not here'.
+    scattered_ids: scattered row of each grouped row.
+    grouped_ids: grouped row of choice j of token t, the inverse of the above.
+    group_sizes: rows of each expert; their sum is below S if some are not here.
+  """
+
+  expert_ids: Int[Array, " S"]
+  scattered_ids: Int[Array, " S"]
+  grouped_ids: Int[Array, "T k"]
+  group_sizes: Int[Array, " E"]
+
+  @property
+  def num_tokens(self) -> int:
+    """T, the tokens that were routed."""
+    return self.grouped_ids.shape[0]
+
+  @property
+  def top_k(self) -> int:
+    """k, the experts of each token."""
+    return self.grouped_ids.shape[1]
+
+  @property
+  def num_rows(self) -> int:
+    """S = T * k, the routed rows."""
+    return self.expert_ids.shape[0]
+
+  @property
+  def num_experts(self) -> int:
+    """E, the experts."""
+    return self.group_sizes.shape[0]
+
+
+def route(expert_ids: Int[Array, "T k"], num_experts: int) -> Routing:
+  """Returns the routing of T tokens to k experts each, by a stable sort.
+
+  Args:
+    expert_ids: the experts of each token; outside [0, E) for 'not here'.
+    num_experts: E.
+
+  Returns:
+    The `Routing`; the same ids give the same bits.
+
+  Raises:
+    TypeError: if `expert_ids` are not integers.
+    ValueError: if `expert_ids` is not (T, k), or k is above E.
+
+  Example:
+    >>> route(jnp.array([[2, 0], [1, 2], [0, 1]]), 3).scattered_ids.tolist()
+    [1, 4, 2, 5, 0, 3]
+  """
+  _check_expert_ids(expert_ids, num_experts)
+  num_rows = expert_ids.size
+  in_range = (expert_ids >= 0) & (expert_ids < num_experts)
+  flat_ids = jnp.where(in_range, expert_ids, num_experts).reshape(num_rows)
+  sorted_ids, scattered_ids = _sort(flat_ids.astype(jnp.int32), num_experts)
+  # E + 1 binary searches in one kernel: a histogram without atomics.
+  offsets = jnp.searchsorted(
+    sorted_ids,
+    jnp.arange(num_experts + 1, dtype=jnp.int32),
+    method="scan_unrolled",
+  )
+  rows = jnp.arange(num_rows, dtype=jnp.int32)
+  grouped_ids = (
+    jnp.zeros_like(rows).at[scattered_ids].set(rows, unique_indices=True)
+  )
+  return Routing(
+    expert_ids=sorted_ids,
+    scattered_ids=scattered_ids,
+    grouped_ids=grouped_ids.reshape(expert_ids.shape),
+    group_sizes=jnp.diff(offsets).astype(jnp.int32),
+  )
+
+
+def group_offsets(routing: Routing) -> Int[Array, " E+1"]:
+  """Returns the first grouped row of each expert, then the end of the last."""
+  return jnp.concatenate(
+    [jnp.zeros((1,), jnp.int32), jnp.cumsum(routing.group_sizes)]
+  ).astype(jnp.int32)
+
+
+def input_rows(
+  routing: Routing, num_input_rows: int, *, grouped: bool
+) -> Int[Array, " S"]:
+  """Returns the row of x that each grouped row reads.
+
+  Args:
+    routing: the routing.
+    num_input_rows: rows of x: S, or T where the k choices of a token share one.
+    grouped: whether x is in grouped order (S rows then).
+  """
+  if grouped:
+    return jnp.arange(routing.num_rows, dtype=jnp.int32)
+  if num_input_rows == routing.num_rows:
+    return routing.scattered_ids
+  return routing.scattered_ids // jnp.int32(routing.top_k)
+
+
+def _sort(
+  flat_ids: Int[Array, " S"], num_experts: int
+) -> tuple[Int[Array, " S"], Int[Array, " S"]]:
+  """Sorts expert ids stably; returns them and the row each one came from."""
+  num_rows = flat_ids.shape[0]
+  row_bits = max(num_rows - 1, 0).bit_length()
+  rows = jnp.arange(num_rows, dtype=jnp.uint32)
+  if (num_experts + 1) << row_bits > 2**32:
+    rows = rows.astype(jnp.int32)
+    return lax.sort((flat_ids, rows), num_keys=1, is_stable=True)
+  # One 32-bit key holds expert and row: half the traffic of a key-value sort,
+  # and, since no two keys are equal, stable whatever the algorithm.
+  shift = jnp.uint32(row_bits)
+  keys = lax.sort((flat_ids.astype(jnp.uint32) << shift) | rows)
+  sorted_ids = (keys >> shift).astype(jnp.int32)
+  scattered_ids = (keys & jnp.uint32((1 << row_bits) - 1)).astype(jnp.int32)
+  return sorted_ids, scattered_ids
+
+
+def _check_expert_ids(expert_ids, num_experts: int) -> None:
+  dtype = jnp.result_type(expert_ids)
+  if not jnp.issubdtype(dtype, jnp.integer):
+    raise TypeError(
+      f"route: expert_ids must be integers, got {dtype}; pass the ids that "
+      "jax.lax.top_k returns."
+    )
+  if jnp.ndim(expert_ids) != 2:
+    raise ValueError(
+      f"route: expert_ids must have shape (T, k), got {jnp.shape(expert_ids)}; "
+      "flatten batch and sequence into T."
+    )
+  if num_experts < 1:
+    raise ValueError(
+      f"route: num_experts must be at least 1, got {num_experts}."
+    )
+  if jnp.shape(expert_ids)[1] > num_experts:
+    raise ValueError(
+      f"route: k = {jnp.shape(expert_ids)[1]} experts per token, but there are "
+      f"only num_experts = {num_experts}."
+    )
