@@ -7,6 +7,7 @@ from scattermoe_jax.ops.activations import (
 )
 from scattermoe_jax.ops.combine import combine
 from scattermoe_jax.ops.parallel_linear import parallel_linear
+from scattermoe_jax.ops.remat import remat_policy
 from scattermoe_jax.ops.smoe_mlp import smoe_mlp
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
   "clamped_swiglu",
   "combine",
   "parallel_linear",
+  "remat_policy",
   "smoe_mlp",
 ]

@@ -104,6 +104,14 @@ def check_mlp_widths(function: str, w_in, w_out, d: int) -> bool:
   return width == 2 * n
 
 
+def check_num_chunks(function: str, num_chunks: int, d: int) -> None:
+  """Raises ValueError unless num_chunks slices of equal width make up d."""
+  if num_chunks < 1 or d % num_chunks:
+    raise ValueError(
+      f"{function}: num_chunks must be a divisor of d = {d}, got {num_chunks}."
+    )
+
+
 def _check_floating(function: str, name: str, x) -> None:
   dtype = jnp.result_type(x)
   if not jnp.issubdtype(dtype, jnp.floating):

@@ -29,6 +29,7 @@ def smoe_mlp(
   bias_in: Float[Array, "E m"] | None = None,
   bias_out: Float[Array, "E d"] | None = None,
   activation: str | Activation = "silu",
+  num_chunks: int = 1,
   precision: lax.PrecisionLike = None,
   implementation: str | None = None,
 ) -> Float[Array, "T d"]:
@@ -46,6 +47,9 @@ def smoe_mlp(
     bias_in: added to h.
     bias_out: added to each expert's output, inside the weighed sum.
     activation: a name in `ACTIVATIONS`, or an `Activation`.
+    num_chunks: in how many slices of its d columns the expanded (S, d) array
+      is made and summed, once forward and once backward: the peak of memory
+      falls, the products stay the same.
     precision: of the products, as `jax.lax.dot_general` takes it.
     implementation: "mosaic", "triton" or "xla"; None for the first that can.
 
@@ -53,7 +57,8 @@ def smoe_mlp(
     (T, d) in the dtype of x.
 
   Raises:
-    ValueError: if shapes disagree or the activation is unknown.
+    ValueError: if shapes disagree, the activation is unknown or `num_chunks`
+      does not divide d.
     TypeError: if dtypes disagree.
     NotImplementedError: if the named implementation cannot run it.
 
@@ -74,6 +79,7 @@ def smoe_mlp(
   checks.check_weights("smoe_mlp", "w_in", w_in, routing, d_in=d)
   checks.check_weights("smoe_mlp", "w_out", w_out, routing)
   gated = checks.check_mlp_widths("smoe_mlp", w_in, w_out, d)
+  checks.check_num_chunks("smoe_mlp", num_chunks, d)
   checks.check_bias("smoe_mlp", "bias_in", bias_in, w_in)
   checks.check_bias("smoe_mlp", "bias_out", bias_out, w_out)
   checks.check_dtypes(
@@ -90,13 +96,15 @@ def smoe_mlp(
     + linear_problems(routing, w_out, dtype),
     implementation,
   )
-  static = _Static(backend, get_activation(activation, gated=gated), precision)
+  activation = get_activation(activation, gated=gated)
+  static = _Static(backend, activation, num_chunks, precision)
   return _smoe_mlp(static, x, gates, w_in, w_out, bias_in, bias_out, routing)
 
 
 class _Static(NamedTuple):
   backend: ModuleType
   activation: Activation
+  num_chunks: int
   precision: lax.PrecisionLike
 
 
@@ -110,7 +118,7 @@ def _smoe_mlp(static, x, gates, w_in, w_out, bias_in, bias_out, routing):
 def _forward(
   static, x, gates, w_in, w_out, bias_in, bias_out, routing, *, keep_h
 ):
-  backend, activation, precision = static
+  backend, activation, num_chunks, precision = static
   h, a = backend.up_projection(
     x,
     w_in,
@@ -120,16 +128,20 @@ def _forward(
     keep_h=keep_h,
     precision=precision,
   )
-  y_rows = backend.scatter2scatter(
-    a,
-    w_out,
-    routing,
-    bias=bias_out,
-    grouped_in=True,
-    grouped_out=True,
-    precision=precision,
-  )
-  return weigh_choices(y_rows, gates, routing), h
+
+  def combined_columns(start, width):
+    y_rows = backend.scatter2scatter(
+      a,
+      _slice(w_out, start, width, axis=2),
+      routing,
+      bias=_slice(bias_out, start, width, axis=1),
+      grouped_in=True,
+      grouped_out=True,
+      precision=precision,
+    )
+    return weigh_choices(y_rows, gates, routing)
+
+  return _by_columns(combined_columns, x, num_chunks), h
 
 
 def _fwd(static, x, gates, w_in, w_out, bias_in, bias_out, routing):
@@ -141,7 +153,7 @@ def _fwd(static, x, gates, w_in, w_out, bias_in, bias_out, routing):
 
 
 def _bwd(static, residuals, dy):
-  backend, activation, precision = static
+  backend, activation, num_chunks, precision = static
   residuals, dy = first_derivative_only("smoe_mlp", (residuals, dy))
   x, h, gates, w_in, w_out, bias_in, bias_out, routing = residuals
   row_gates = gates.reshape(-1)[routing.scattered_ids]
@@ -159,15 +171,20 @@ def _bwd(static, residuals, dy):
   dw_out = backend.group_xty(
     weighted_a, dy, routing, x_grouped=True, precision=precision
   )
-  dx_rows = backend.scatter2scatter(
-    dh,
-    w_in,
-    routing,
-    grouped_in=True,
-    grouped_out=True,
-    transpose_w=True,
-    precision=precision,
-  )
+
+  def dx_columns(start, width):
+    dx_rows = backend.scatter2scatter(
+      dh,
+      _slice(w_in, start, width, axis=1),
+      routing,
+      grouped_in=True,
+      grouped_out=True,
+      transpose_w=True,
+      precision=precision,
+    )
+    return sum_choices(dx_rows, routing)
+
+  dx = _by_columns(dx_columns, x, num_chunks)
   dw_in = backend.group_xty(x, dh, routing, y_grouped=True, precision=precision)
   dbias_in = dbias_out = None
   if bias_in is not None:
@@ -178,7 +195,7 @@ def _bwd(static, residuals, dy):
     dbias_out = _weighted_bias_grad(backend, dy, row_gates, routing, precision)
     dgates += _bias_gate_grad(dy, bias_out, routing, precision)
   return (
-    sum_choices(dx_rows, routing),
+    dx,
     dgates.astype(gates.dtype),
     dw_in,
     dw_out,
@@ -189,6 +206,30 @@ def _bwd(static, residuals, dy):
 
 
 _smoe_mlp.defvjp(_fwd, _bwd)
+
+
+def _by_columns(columns, like: Array, num_chunks: int) -> Array:
+  """Returns `columns(start, width)` over all columns, in `num_chunks` slices.
+
+  One slice after the other, so that what a slice needs is held once.
+  """
+  width = like.shape[1] // num_chunks
+  if num_chunks == 1:
+    return columns(0, width)
+
+  def fill(chunk, out):
+    start = chunk * width
+    return lax.dynamic_update_slice_in_dim(
+      out, columns(start, width), start, axis=1
+    )
+
+  return lax.fori_loop(0, num_chunks, fill, jnp.zeros_like(like))
+
+
+def _slice(w: Array | None, start, width: int, *, axis: int) -> Array | None:
+  if w is None or w.shape[axis] == width:
+    return w
+  return lax.dynamic_slice_in_dim(w, start, width, axis=axis)
 
 
 def _weighted_bias_grad(backend, dy, row_gates, routing, precision):

@@ -1,0 +1,89 @@
+"""What a training step keeps and what it holds at its peak."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scattermoe_jax as sm
+
+T, k, E, d, n = 64, 4, 8, 96, 16
+
+
+def layer_inputs(dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(0), 6)
+  x = jax.random.normal(keys[0], (T, d), dtype)
+  gates = jax.random.uniform(keys[1], (T, k), dtype)
+  expert_ids = jax.random.randint(keys[2], (T, k), 0, E)
+  w_in = jax.random.normal(keys[3], (E, d, 2 * n), dtype)
+  w_out = jax.random.normal(keys[4], (E, n, d), dtype)
+  bias_out = jax.random.normal(keys[5], (E, d), dtype)
+  return (x, gates, w_in, w_out, bias_out), sm.route(expert_ids, E)
+
+
+def step(inputs, routing, **options):
+  def loss(x, gates, w_in, w_out, bias_out):
+    y = sm.smoe_mlp(
+      x, gates, routing, w_in, w_out, bias_out=bias_out, **options
+    )
+    return jnp.sum(y * y), y
+
+  return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)(
+    *inputs
+  )
+
+
+def test_chunks_change_no_result():
+  inputs, routing = layer_inputs()
+  whole = jax.jit(step)(inputs, routing)
+  chunked = jax.jit(lambda i, r: step(i, r, num_chunks=3))(inputs, routing)
+  for a, b in zip(
+    jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True
+  ):
+    np.testing.assert_array_almost_equal_nulp(
+      np.asarray(a), np.asarray(b), nulp=64
+    )
+
+
+def test_chunks_lower_the_peak():
+  inputs, routing = layer_inputs()
+
+  def peak(**options):
+    compiled = (
+      jax.jit(lambda i, r: step(i, r, **options))
+      .lower(inputs, routing)
+      .compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  expanded = T * k * d * 4
+  assert peak(num_chunks=6) <= peak() - expanded // 2
+
+
+def test_chunks_must_divide_the_width():
+  inputs, routing = layer_inputs()
+  with pytest.raises(
+    ValueError, match="num_chunks must be a divisor of d = 96"
+  ):
+    step(inputs, routing, num_chunks=5)
+
+
+@pytest.mark.parametrize("keep", ["nothing", "h", "everything"])
+def test_remat_policy_keeps_what_it_says(keep):
+  inputs, routing = layer_inputs()
+
+  def layer(x):
+    return sm.smoe_mlp(x, inputs[1], routing, inputs[2], inputs[3])
+
+  _, backward = jax.vjp(
+    jax.checkpoint(layer, policy=sm.remat_policy(keep)), inputs[0]
+  )
+  kept = [a.shape for a in jax.tree.leaves(backward) if hasattr(a, "shape")]
+  h = (T * k, 2 * n)
+  assert (h in kept) == (keep != "nothing")
+  assert (T * k, d) not in kept
+
+
+def test_unknown_remat_policy_is_named():
+  with pytest.raises(ValueError, match="keep must be one of .*got 'all'"):
+    sm.remat_policy("all")
