@@ -81,6 +81,8 @@ def route(expert_ids: Int[Array, "T k"], num_experts: int) -> Routing:
   """
   _check_expert_ids(expert_ids, num_experts)
   num_rows = expert_ids.size
+  if jnp.iinfo(expert_ids.dtype).bits < 32:  # E may not fit a narrow dtype
+    expert_ids = expert_ids.astype(jnp.int32)
   in_range = (expert_ids >= 0) & (expert_ids < num_experts)
   flat_ids = jnp.where(in_range, expert_ids, num_experts).reshape(num_rows)
   sorted_ids, scattered_ids = _sort(flat_ids.astype(jnp.int32), num_experts)

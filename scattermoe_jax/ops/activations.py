@@ -109,7 +109,7 @@ def get_activation(activation: str | Activation, *, gated: bool) -> Activation:
     ValueError: if the name is unknown, or the activation needs a gate that the
       weights lack, or the other way round.
   """
-  if isinstance(activation, str):
+  if not isinstance(activation, Activation):
     if activation not in ACTIVATIONS:
       raise ValueError(
         f"activation must be one of {ACTIVATIONS} or an Activation, got "

@@ -10,12 +10,7 @@ def check_rows(
 ) -> None:
   """Raises ValueError unless x has T or S rows (S if grouped) of one width."""
   num_tokens, num_rows = routing.num_tokens, routing.num_rows
-  if jnp.ndim(x) != 2:
-    raise ValueError(
-      f"{function}: {name} must have shape (rows, d), got {jnp.shape(x)}; "
-      "flatten batch and sequence into rows."
-    )
-  rows = jnp.shape(x)[0]
+  rows = _check_matrix(function, name, x)
   if grouped and rows != num_rows:
     raise ValueError(
       f"{function}: {name} has {rows} rows; this routing needs S = {num_rows} "
@@ -26,6 +21,16 @@ def check_rows(
       f"{function}: {name} has {rows} rows; this routing needs T = "
       f"{num_tokens} (one per token) or S = {num_rows} (one per choice, or "
       "grouped_in=True)."
+    )
+
+
+def check_tokens(function: str, x, routing: Routing) -> None:
+  """Raises ValueError unless x has T rows of one width."""
+  rows = _check_matrix(function, "x", x)
+  if rows != routing.num_tokens:
+    raise ValueError(
+      f"{function}: x has {rows} rows; this routing needs T = "
+      f"{routing.num_tokens} (one per token)."
     )
 
 
@@ -110,6 +115,15 @@ def check_num_chunks(function: str, num_chunks: int, d: int) -> None:
     raise ValueError(
       f"{function}: num_chunks must be a divisor of d = {d}, got {num_chunks}."
     )
+
+
+def _check_matrix(function: str, name: str, x) -> int:
+  if jnp.ndim(x) != 2:
+    raise ValueError(
+      f"{function}: {name} must have shape (rows, d), got {jnp.shape(x)}; "
+      "flatten batch and sequence into rows."
+    )
+  return jnp.shape(x)[0]
 
 
 def _check_floating(function: str, name: str, x) -> None:

@@ -16,6 +16,7 @@ def combine(
   """Returns out[t] = sum_j gates[t, j] * y[grouped row of choice j of t].
 
   Each token gathers its own k rows: no atomics, one fixed order of the sum.
+  Choices that are 'not here' add nothing, whatever y holds in their rows.
 
   Args:
     y: rows in grouped order.
@@ -59,11 +60,11 @@ def weigh_choices(
 
 @jax.custom_vjp
 def _combine(y, gates, routing):
-  return weigh_choices(y, gates, routing)
+  return weigh_choices(_rows_here(y, routing), gates, routing)
 
 
 def _combine_fwd(y, gates, routing):
-  return weigh_choices(y, gates, routing), (y, gates, routing)
+  return _combine(y, gates, routing), (y, gates, routing)
 
 
 def _combine_bwd(residuals, dout):
@@ -77,10 +78,15 @@ def _combine_bwd(residuals, dout):
   dgates = jnp.einsum(
     "td,tkd->tk",
     dout.astype(wide),
-    y[routing.grouped_ids].astype(wide),
+    _rows_here(y, routing)[routing.grouped_ids].astype(wide),
     precision=jax.lax.Precision.HIGHEST,
   )
-  return dy, dgates.astype(gates.dtype), None
+  return _rows_here(dy, routing), dgates.astype(gates.dtype), None
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def _rows_here(rows: Float[Array, "S d"], routing: Routing) -> Array:
+  here = routing.expert_ids < routing.num_experts
+  return jnp.where(here[:, None], rows, jnp.zeros_like(rows))

@@ -68,12 +68,7 @@ def smoe_mlp(
   <dy w_out^T, a>. `jax.checkpoint` policies see h as "smoe_h".
   Source: SonicMoE (Guo et al., 2025, arXiv 2512.14080), algorithms 2 and 3.
   """
-  checks.check_rows("smoe_mlp", x, routing, grouped=False)
-  if jnp.shape(x)[0] != routing.num_tokens:
-    raise ValueError(
-      f"smoe_mlp: x has {jnp.shape(x)[0]} rows; this routing has T = "
-      f"{routing.num_tokens} tokens."
-    )
+  checks.check_tokens("smoe_mlp", x, routing)
   checks.check_gates("smoe_mlp", gates, routing)
   d = jnp.shape(x)[1]
   checks.check_weights("smoe_mlp", "w_in", w_in, routing, d_in=d)
