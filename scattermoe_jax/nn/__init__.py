@@ -1,0 +1,37 @@
+"""Flax linen modules: routers, experts and attention for people's models."""
+
+from scattermoe_jax.nn.dense_mlp import DenseMLP
+from scattermoe_jax.nn.parallel_linear import ParallelLinear
+from scattermoe_jax.nn.router import (
+  Router,
+  RouterOutput,
+  load_balancing_loss,
+  router_z_loss,
+  sigmoid_top_k,
+  softmax_then_top_k,
+  top_k_then_softmax,
+  update_selection_bias,
+)
+from scattermoe_jax.nn.smoe import (
+  SMoEBlock,
+  SMoEMetrics,
+  SMoEMLP,
+  route_with_metrics,
+)
+
+__all__ = [
+  "DenseMLP",
+  "ParallelLinear",
+  "Router",
+  "RouterOutput",
+  "SMoEBlock",
+  "SMoEMLP",
+  "SMoEMetrics",
+  "load_balancing_loss",
+  "route_with_metrics",
+  "router_z_loss",
+  "sigmoid_top_k",
+  "softmax_then_top_k",
+  "top_k_then_softmax",
+  "update_selection_bias",
+]

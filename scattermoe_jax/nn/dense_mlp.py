@@ -1,0 +1,59 @@
+"""The dense MLP: shared experts, and the dense layer of a decoder."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer
+from jax import lax
+from jaxtyping import Array, Float
+
+from scattermoe_jax.ops import Activation
+from scattermoe_jax.ops.activations import get_activation
+
+
+class DenseMLP(nn.Module):
+  """One two-layer MLP for every token, with the parameters of one expert.
+
+  Parameters: `w_gate_up` (d, 2n), the gate half first, or `w_in` (d, n) if not
+  gated; `w_out` (n, d).
+
+  Attributes:
+    d_hidden: n.
+    activation: a name in `scattermoe_jax.ACTIVATIONS`, or an `Activation`.
+    gated: whether a = f(h_gate) h_up rather than f(h).
+    dtype: of the computation; None for what x and the parameters promote to.
+    param_dtype: of the parameters.
+    precision: of the products.
+    kernel_init: of `w_gate_up` or `w_in`.
+    out_kernel_init: of `w_out`; None for `kernel_init`.
+  """
+
+  d_hidden: int
+  activation: str | Activation = "silu"
+  gated: bool = True
+  dtype: Dtype | None = None
+  param_dtype: Dtype = jnp.float32
+  precision: lax.PrecisionLike = None
+  kernel_init: Initializer = nn.initializers.lecun_normal()
+  out_kernel_init: Initializer | None = None
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """Returns f(x w_in) w_out."""
+    d = x.shape[-1]
+    w_in = self.param(
+      "w_gate_up" if self.gated else "w_in",
+      self.kernel_init,
+      (d, self.d_hidden * (2 if self.gated else 1)),
+      self.param_dtype,
+    )
+    w_out = self.param(
+      "w_out",
+      self.out_kernel_init or self.kernel_init,
+      (self.d_hidden, d),
+      self.param_dtype,
+    )
+    x, w_in, w_out = promote_dtype(x, w_in, w_out, dtype=self.dtype)
+    activation = get_activation(self.activation, gated=self.gated)
+    h = jnp.matmul(x, w_in, precision=self.precision)
+    return jnp.matmul(activation.apply(h), w_out, precision=self.precision)

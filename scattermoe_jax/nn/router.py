@@ -1,0 +1,346 @@
+"""Which experts a token takes, with which gates, and the losses that balance.
+
+Every rule maps logits z (T, E) to gates (T, k), expert_ids (T, k) and probs
+(T, E), the distribution that the load-balancing loss sees:
+
+  softmax_then_top_k   P = softmax(z); the k largest P, renormalised or not
+                       (Mixtral, Qwen3-MoE; OLMoE, Qwen2-MoE without)
+  top_k_then_softmax   softmax over the k largest z
+                       (Granite, JetMoE, gpt-oss)
+  sigmoid_top_k        s = sigmoid(z), chosen by s + bias within the best groups
+                       (DeepSeek-V3, Kimi-K2, GLM-4.5)
+
+The first, renormalised, equals the second but for rounding.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Real
+
+Scoring = Literal[
+  "softmax_top_k", "softmax_top_k_renormalized", "top_k_softmax", "sigmoid"
+]
+
+
+class RouterOutput(NamedTuple):
+  """What a router decided, in float32 (float64 for float64 tokens).
+
+  Attributes:
+    gates: the weight of each choice.
+    expert_ids: the experts of each token, in [0, E).
+    logits: for the z-loss.
+    probs: for the load-balancing loss; each row sums to 1.
+  """
+
+  gates: Float[Array, "T k"]
+  expert_ids: Int[Array, "T k"]
+  logits: Float[Array, "T E"]
+  probs: Float[Array, "T E"]
+
+
+class Router(nn.Module):
+  """Chooses k of E experts for each token, by a linear layer and a rule.
+
+  The logits are computed and kept in float32 whatever the dtype of the tokens:
+  rounding them in bfloat16, or multiplying them in TF32, changes who is chosen.
+
+  Attributes:
+    num_experts: E.
+    top_k: k.
+    scoring: the rule, see the functions of this file.
+    use_bias: whether the linear layer has a bias (gpt-oss).
+    num_groups: groups of experts, of which only the best `top_groups` are open;
+      "sigmoid" only.
+    top_groups: see `num_groups`.
+    renormalize: whether "sigmoid" divides the gates by their sum.
+    scale: multiplies the gates (DeepSeek's routed_scaling_factor).
+    jitter: the tokens, as the router sees them, are multiplied by uniform noise
+      of [1 - jitter, 1 + jitter] unless `deterministic`; needs the random
+      stream "router".
+    use_selection_bias: whether a bias (E,), the variable "selection_bias" of
+      the collection "router_state", is added for the choice but not for the
+      gates; "sigmoid" only. No gradient: see `update_selection_bias`.
+    dtype: of the linear layer's operands; None for float32. The sums and the
+      logits are float32 regardless.
+    param_dtype: of the parameters.
+    precision: of the linear layer.
+    kernel_init: of the kernel (d, E).
+    bias_init: of the bias (E,).
+  """
+
+  num_experts: int
+  top_k: int
+  scoring: Scoring = "softmax_top_k_renormalized"
+  use_bias: bool = False
+  num_groups: int = 1
+  top_groups: int = 1
+  renormalize: bool = True
+  scale: float = 1.0
+  jitter: float = 0.0
+  use_selection_bias: bool = False
+  dtype: Dtype | None = None
+  param_dtype: Dtype = jnp.float32
+  precision: lax.PrecisionLike = lax.Precision.HIGHEST
+  kernel_init: Initializer = nn.initializers.lecun_normal()
+  bias_init: Initializer = nn.initializers.zeros_init()
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "T d"], *, deterministic: bool = True
+  ) -> RouterOutput:
+    """Returns the gates, the experts, the logits and the probabilities of x."""
+    self._check_fields()
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    x = x.astype(wide)
+    if self.jitter and not deterministic:
+      x *= jax.random.uniform(
+        self.make_rng("router"),
+        x.shape,
+        wide,
+        minval=1 - self.jitter,
+        maxval=1 + self.jitter,
+      )
+    kernel = self.param(
+      "kernel",
+      self.kernel_init,
+      (x.shape[1], self.num_experts),
+      self.param_dtype,
+    )
+    dtype = self.dtype or wide
+    logits = lax.dot_general(
+      x.astype(dtype),
+      kernel.astype(dtype),
+      (((1,), (0,)), ((), ())),
+      precision=self.precision,
+      preferred_element_type=wide,
+    )
+    if self.use_bias:
+      bias = self.param(
+        "bias", self.bias_init, (self.num_experts,), self.param_dtype
+      )
+      logits += bias.astype(wide)[None, :]
+    gates, expert_ids, probs = self._choose(logits)
+    return RouterOutput(gates * self.scale, expert_ids, logits, probs)
+
+  def _choose(self, logits):
+    if self.scoring == "top_k_softmax":
+      return top_k_then_softmax(logits, self.top_k)
+    if self.scoring != "sigmoid":
+      renormalize = self.scoring == "softmax_top_k_renormalized"
+      return softmax_then_top_k(logits, self.top_k, renormalize=renormalize)
+    selection_bias = None
+    if self.use_selection_bias:
+      selection_bias = self.variable(
+        "router_state",
+        "selection_bias",
+        jnp.zeros,
+        (self.num_experts,),
+        logits.dtype,
+      ).value
+    return sigmoid_top_k(
+      logits,
+      self.top_k,
+      selection_bias=selection_bias,
+      num_groups=self.num_groups,
+      top_groups=self.top_groups,
+      renormalize=self.renormalize,
+    )
+
+  def _check_fields(self):
+    if not 1 <= self.top_k <= self.num_experts:
+      raise ValueError(
+        f"Router: top_k must lie in [1, num_experts = {self.num_experts}], "
+        f"got {self.top_k}."
+      )
+    if self.scoring not in Scoring.__args__:
+      raise ValueError(
+        f"Router: scoring must be one of {Scoring.__args__}, got "
+        f"{self.scoring!r}."
+      )
+    if self.scoring != "sigmoid" and (
+      self.use_selection_bias or self.num_groups != 1
+    ):
+      raise ValueError(
+        "Router: use_selection_bias and num_groups need scoring='sigmoid', got "
+        f"{self.scoring!r}."
+      )
+
+
+def softmax_then_top_k(
+  logits: Float[Array, "T E"], k: int, *, renormalize: bool
+) -> tuple[Float[Array, "T k"], Int[Array, "T k"], Float[Array, "T E"]]:
+  """Returns (gates, expert_ids, probs): the k largest of P = softmax(z).
+
+  Args:
+    logits: z.
+    k: experts per token.
+    renormalize: whether the gates are divided by their sum.
+
+  Source: transformers, MixtralTopKRouter (renormalised) and OlmoeTopKRouter.
+  """
+  probs = jax.nn.softmax(logits, axis=-1)
+  gates, expert_ids = lax.top_k(probs, k)
+  if renormalize:
+    gates /= gates.sum(axis=-1, keepdims=True)
+  return gates, expert_ids, probs
+
+
+def top_k_then_softmax(
+  logits: Float[Array, "T E"], k: int
+) -> tuple[Float[Array, "T k"], Int[Array, "T k"], Float[Array, "T E"]]:
+  """Returns (gates, expert_ids, probs): gates = softmax(the k largest z).
+
+  The probs are softmax(z) over all experts.
+  Source: transformers, GraniteMoeTopKGating and GptOssTopKRouter.
+  """
+  top_logits, expert_ids = lax.top_k(logits, k)
+  gates = jax.nn.softmax(top_logits, axis=-1)
+  return gates, expert_ids, jax.nn.softmax(logits, axis=-1)
+
+
+def sigmoid_top_k(
+  logits: Float[Array, "T E"],
+  k: int,
+  *,
+  selection_bias: Float[Array, " E"] | None = None,
+  num_groups: int = 1,
+  top_groups: int = 1,
+  renormalize: bool = True,
+  scale: float = 1.0,
+) -> tuple[Float[Array, "T k"], Int[Array, "T k"], Float[Array, "T E"]]:
+  """Returns (gates, expert_ids, probs) of s = sigmoid(z), chosen by s + bias.
+
+  The experts lie in `num_groups` groups of equal size. A group's score is the
+  sum of its two largest s + bias; only experts of the `top_groups` best groups
+  are open. The gates are s itself, without the bias. The probs are s / sum(s).
+
+  Args:
+    logits: z.
+    k: experts per token.
+    selection_bias: added to s for the choice alone.
+    num_groups: groups of experts.
+    top_groups: groups that stay open.
+    renormalize: whether the gates are divided by their sum.
+    scale: multiplies the gates, after that.
+
+  Raises:
+    ValueError: if the groups are uneven, or fewer than k experts stay open.
+
+  Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; closed groups are
+  masked with -inf, as transformers 5 does (version 4 masked with 0, which a
+  negative s + bias loses against).
+  """
+  scores = jax.nn.sigmoid(logits)
+  ranking = scores
+  if selection_bias is not None:
+    ranking = scores + selection_bias.astype(scores.dtype)[None, :]
+  if num_groups > 1:
+    ranking = _close_groups(ranking, k, num_groups, top_groups)
+  _, expert_ids = lax.top_k(lax.stop_gradient(ranking), k)
+  gates = jnp.take_along_axis(scores, expert_ids, axis=-1)
+  if renormalize:
+    # The sum of sigmoids can underflow; a softmax's cannot.
+    gates /= gates.sum(axis=-1, keepdims=True) + 1e-20
+  probs = scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)
+  return gates * scale, expert_ids, probs
+
+
+def _close_groups(ranking, k: int, num_groups: int, top_groups: int):
+  num_tokens, num_experts = ranking.shape
+  group_size, remainder = divmod(num_experts, num_groups)
+  if remainder or not 1 <= top_groups <= num_groups:
+    raise ValueError(
+      f"sigmoid_top_k: num_groups = {num_groups} must divide E = {num_experts} "
+      f"and top_groups lie in [1, num_groups], got {top_groups}."
+    )
+  if k > top_groups * group_size:
+    raise ValueError(
+      f"sigmoid_top_k: k = {k} experts per token, but top_groups = "
+      f"{top_groups} groups of {group_size} leave only "
+      f"{top_groups * group_size} open."
+    )
+  grouped = ranking.reshape(num_tokens, num_groups, group_size)
+  group_scores = lax.top_k(grouped, min(2, group_size))[0].sum(axis=-1)
+  _, open_ids = lax.top_k(group_scores, top_groups)
+  is_open = jax.nn.one_hot(open_ids, num_groups, dtype=jnp.bool_).any(axis=1)
+  closed = jnp.full_like(grouped, -jnp.inf)
+  return jnp.where(is_open[:, :, None], grouped, closed).reshape(ranking.shape)
+
+
+def update_selection_bias(
+  selection_bias: Float[Array, "*layers E"],
+  tokens_per_expert: Real[Array, "*layers E"],
+  *,
+  rate: float = 1e-3,
+) -> Float[Array, "*layers E"]:
+  """Returns the bias after a step: up by `rate` for idle experts, else down.
+
+    bias[e] += rate * sign(mean load - load[e])
+
+  To be called in the train step, outside the gradient, with the counts of the
+  whole batch, and written back to the collection "router_state".
+  Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; rate 1e-3 there.
+  """
+  load = tokens_per_expert.astype(selection_bias.dtype)
+  error = load.mean(axis=-1, keepdims=True) - load
+  return selection_bias + rate * jnp.sign(error)
+
+
+def load_balancing_loss(
+  probs: Float[Array, "T E"],
+  tokens_per_expert: Real[Array, " E"],
+  *,
+  mask: Bool[Array, " T"] | None = None,
+) -> Float[Array, ""]:
+  """Returns E sum_e f_e P_e: k at perfect balance, more for uneven load.
+
+  f_e is the number of choices of expert e per token (their sum is k; it carries
+  no gradient), P_e the mean probability of e. Divide by k for the form that is
+  1 at perfect balance (Switch, SonicMoE).
+
+  Args:
+    probs: of `RouterOutput`.
+    tokens_per_expert: choices of each expert, `Routing.group_sizes`; of masked
+      tokens none. For a balance over the whole of a larger batch, give its
+      counts scaled to T tokens.
+    mask: True for the tokens that count; all if None.
+
+  Source: Switch Transformer (Fedus et al., 2021), equation 4, for k experts as
+  transformers' load_balancing_loss_func writes it.
+  """
+  num_experts = probs.shape[1]
+  num_tokens = _count(mask, probs)
+  if mask is not None:
+    probs = jnp.where(mask[:, None], probs, jnp.zeros_like(probs))
+  mean_probs = probs.sum(axis=0) / num_tokens
+  choices = lax.stop_gradient(tokens_per_expert).astype(probs.dtype)
+  return num_experts * jnp.sum(choices / num_tokens * mean_probs)
+
+
+def router_z_loss(
+  logits: Float[Array, "T E"], *, mask: Bool[Array, " T"] | None = None
+) -> Float[Array, ""]:
+  """Returns the mean over tokens of logsumexp(z)^2; (log E)^2 for zero logits.
+
+  Args:
+    logits: of `RouterOutput`.
+    mask: True for the tokens that count; all if None.
+
+  Source: ST-MoE (Zoph et al., 2022, arXiv 2202.08906), equation 5.
+  """
+  squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+  if mask is not None:
+    squares = jnp.where(mask, squares, jnp.zeros_like(squares))
+  return squares.sum() / _count(mask, logits)
+
+
+def _count(mask, rows):
+  """Returns how many tokens count, at least 1 so that none give a zero loss."""
+  if mask is None:
+    return jnp.asarray(max(rows.shape[0], 1), rows.dtype)
+  return jnp.maximum(mask.sum(), 1).astype(rows.dtype)

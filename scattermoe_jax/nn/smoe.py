@@ -1,0 +1,310 @@
+"""The sparse Mixture-of-Experts MLP: experts alone, and with their router."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from scattermoe_jax.nn.dense_mlp import DenseMLP
+from scattermoe_jax.nn.parallel_linear import default_kernel_init
+from scattermoe_jax.nn.router import (
+  Router,
+  RouterOutput,
+  Scoring,
+  load_balancing_loss,
+  router_z_loss,
+)
+from scattermoe_jax.ops import Activation, smoe_mlp
+from scattermoe_jax.routing import Routing, route
+
+
+class SMoEMetrics(NamedTuple):
+  """What a routed layer reports beside its output.
+
+  Attributes:
+    load_balancing_loss: E sum_e f_e P_e; k at perfect balance.
+    router_z_loss: mean squared logsumexp of the logits.
+    tokens_per_expert: choices of each expert, of unmasked tokens.
+  """
+
+  load_balancing_loss: Float[Array, "*layers"]
+  router_z_loss: Float[Array, "*layers"]
+  tokens_per_expert: Int[Array, "*layers E"]
+
+
+class SMoEMLP(nn.Module):
+  """E two-layer MLPs and the weighed sum of each token's k; routing given.
+
+  Parameters: `w_gate_up` (E, d, 2n), the gate half first, or `w_in` (E, d, n)
+  if not gated; `w_out` (E, n, d); `bias_in` and `bias_out` if `use_bias`.
+
+  Attributes:
+    num_experts: E.
+    d_expert: n, the hidden width of one expert.
+    activation: a name in `scattermoe_jax.ACTIVATIONS`, or an `Activation`.
+    gated: whether a = f(h_gate) h_up rather than f(h).
+    use_bias: whether both layers of each expert have biases.
+    dtype: of the computation; None for what x and the parameters promote to.
+    param_dtype: of the parameters.
+    precision: of the products, as `jax.lax.dot_general` takes it.
+    kernel_init: of `w_gate_up` or `w_in`; scaled by the fan-in of one expert.
+    out_kernel_init: of `w_out`; None for `kernel_init`.
+    bias_init: of `bias_in`.
+    out_bias_init: of `bias_out`; None for `bias_init`.
+    implementation: "mosaic", "triton" or "xla"; None for the first that can.
+  """
+
+  num_experts: int
+  d_expert: int
+  activation: str | Activation = "silu"
+  gated: bool = True
+  use_bias: bool = False
+  dtype: Dtype | None = None
+  param_dtype: Dtype = jnp.float32
+  precision: lax.PrecisionLike = None
+  kernel_init: Initializer = default_kernel_init
+  out_kernel_init: Initializer | None = None
+  bias_init: Initializer = nn.initializers.zeros_init()
+  out_bias_init: Initializer | None = None
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "*batch d"],
+    gates: Float[Array, "*batch k"],
+    expert_ids: Int[Array, "*batch k"] | Routing,
+  ) -> Float[Array, "*batch d"]:
+    """Returns the weighed sum of each token's k experts.
+
+    Args:
+      x: tokens.
+      gates: the weight of each choice; kept in their own dtype.
+      expert_ids: the experts of each token, outside [0, E) for none; or the
+        `Routing` of the flattened tokens, where it is made already.
+    """
+    d, num_experts = x.shape[-1], self.num_experts
+    w_in = self.param(
+      "w_gate_up" if self.gated else "w_in",
+      self.kernel_init,
+      (num_experts, d, self.d_expert * (2 if self.gated else 1)),
+      self.param_dtype,
+    )
+    w_out = self.param(
+      "w_out",
+      self.out_kernel_init or self.kernel_init,
+      (num_experts, self.d_expert, d),
+      self.param_dtype,
+    )
+    bias_in = bias_out = None
+    if self.use_bias:
+      bias_in = self.param(
+        "bias_in",
+        self.bias_init,
+        (num_experts, w_in.shape[2]),
+        self.param_dtype,
+      )
+      bias_out = self.param(
+        "bias_out",
+        self.out_bias_init or self.bias_init,
+        (num_experts, d),
+        self.param_dtype,
+      )
+    x, w_in, w_out, bias_in, bias_out = promote_dtype(
+      x, w_in, w_out, bias_in, bias_out, dtype=self.dtype
+    )
+    top_k = gates.shape[-1]
+    if isinstance(expert_ids, Routing):
+      routing = expert_ids
+    else:
+      routing = route(expert_ids.reshape(-1, top_k), num_experts)
+    y = smoe_mlp(
+      x.reshape(-1, d),
+      gates.reshape(-1, top_k),
+      routing,
+      w_in,
+      w_out,
+      bias_in=bias_in,
+      bias_out=bias_out,
+      activation=self.activation,
+      precision=self.precision,
+      implementation=self.implementation,
+    )
+    return y.reshape(x.shape)
+
+
+class SMoEBlock(nn.Module):
+  """A router, its experts and, where wanted, shared experts for every token.
+
+    y = sum_j gates_j expert_j(x) + shared(x)
+
+  Submodules: `router` (`Router`), `experts` (`SMoEMLP`), `shared` (`DenseMLP`)
+  and `shared_gate`, each with the initializers of the fields named after it.
+
+  Attributes:
+    num_experts: E.
+    top_k: k.
+    d_expert: n, the hidden width of one expert.
+    activation: of the experts and the shared experts.
+    gated: whether their hidden layers are.
+    use_bias: whether the experts have biases.
+    scoring: the router's rule, see `Router`; as are the next seven.
+    router_use_bias: whether the router's logits have a bias.
+    num_groups: groups of experts of scoring "sigmoid".
+    top_groups: those of them that stay open to a token.
+    renormalize: whether "sigmoid" divides the gates by their sum.
+    scale: multiplies the gates.
+    jitter: noise on the router's input, not on the experts'; training only.
+    use_selection_bias: whether the choice has a bias of its own.
+    num_shared_experts: shared experts of width `d_expert` each.
+    d_shared: width of all shared experts together; None for
+      `num_shared_experts * d_expert`.
+    shared_gate: whether the shared experts are weighed by sigmoid(x w) (Qwen2).
+    use_output_bias: whether one vector, the parameter `output_bias` (d,), is
+      added to the sum (JetMoE).
+    dtype: of the computation, except the router's; None for what x and the
+      parameters promote to.
+    param_dtype: of the parameters.
+    precision: of the experts' products, as `jax.lax.dot_general` takes it.
+    kernel_init: of the experts' first matrices (E, d, 2n) or (E, d, n).
+    out_kernel_init: of their second (E, n, d); None for `kernel_init`.
+    bias_init: of all biases.
+    router_kernel_init: of the router's kernel (d, E).
+    shared_kernel_init: of the shared experts' first matrix, and of their gate.
+    shared_out_kernel_init: of their second; None for `shared_kernel_init`.
+    implementation: "mosaic", "triton" or "xla"; None for the first that can.
+  """
+
+  num_experts: int
+  top_k: int
+  d_expert: int
+  activation: str | Activation = "silu"
+  gated: bool = True
+  use_bias: bool = False
+  scoring: Scoring = "softmax_top_k_renormalized"
+  router_use_bias: bool = False
+  num_groups: int = 1
+  top_groups: int = 1
+  renormalize: bool = True
+  scale: float = 1.0
+  jitter: float = 0.0
+  use_selection_bias: bool = False
+  num_shared_experts: int = 0
+  d_shared: int | None = None
+  shared_gate: bool = False
+  use_output_bias: bool = False
+  dtype: Dtype | None = None
+  param_dtype: Dtype = jnp.float32
+  precision: lax.PrecisionLike = None
+  kernel_init: Initializer = default_kernel_init
+  out_kernel_init: Initializer | None = None
+  bias_init: Initializer = nn.initializers.zeros_init()
+  router_kernel_init: Initializer = nn.initializers.lecun_normal()
+  shared_kernel_init: Initializer = nn.initializers.lecun_normal()
+  shared_out_kernel_init: Initializer | None = None
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "*batch d"],
+    *,
+    mask: Bool[Array, "*batch"] | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, "*batch d"], SMoEMetrics]:
+    """Returns y and the metrics of the routing.
+
+    Args:
+      x: tokens.
+      mask: True where the token is real. A padding token goes to no expert:
+        costs nothing, gets zero (also from shared experts and output bias) and
+        counts in no loss. All are real if None.
+      deterministic: whether to leave out the router's jitter.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    row_mask = None if mask is None else mask.reshape(-1)
+    routed = Router(
+      num_experts=self.num_experts,
+      top_k=self.top_k,
+      scoring=self.scoring,
+      use_bias=self.router_use_bias,
+      num_groups=self.num_groups,
+      top_groups=self.top_groups,
+      renormalize=self.renormalize,
+      scale=self.scale,
+      jitter=self.jitter,
+      use_selection_bias=self.use_selection_bias,
+      param_dtype=self.param_dtype,
+      kernel_init=self.router_kernel_init,
+      bias_init=self.bias_init,
+      name="router",
+    )(rows, deterministic=deterministic)
+    routing, metrics = route_with_metrics(routed, row_mask)
+    y = SMoEMLP(
+      num_experts=self.num_experts,
+      d_expert=self.d_expert,
+      activation=self.activation,
+      gated=self.gated,
+      use_bias=self.use_bias,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      precision=self.precision,
+      kernel_init=self.kernel_init,
+      out_kernel_init=self.out_kernel_init,
+      bias_init=self.bias_init,
+      implementation=self.implementation,
+      name="experts",
+    )(rows, routed.gates, routing)
+    if self.num_shared_experts or self.d_shared:
+      y += self._shared(rows)
+    if self.use_output_bias:
+      bias = self.param(
+        "output_bias", self.bias_init, (rows.shape[1],), self.param_dtype
+      )
+      y += bias.astype(y.dtype)[None, :]
+    if row_mask is not None:
+      y = jnp.where(row_mask[:, None], y, jnp.zeros_like(y))
+    return y.reshape(x.shape), metrics
+
+  def _shared(self, rows):
+    dense_fields = dict(
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      precision=self.precision,
+      kernel_init=self.shared_kernel_init,
+    )
+    y = DenseMLP(
+      d_hidden=self.d_shared or self.num_shared_experts * self.d_expert,
+      activation=self.activation,
+      gated=self.gated,
+      out_kernel_init=self.shared_out_kernel_init,
+      name="shared",
+      **dense_fields,
+    )(rows)
+    if self.shared_gate:
+      gate = nn.Dense(1, use_bias=False, name="shared_gate", **dense_fields)
+      y *= jax.nn.sigmoid(gate(rows))
+    return y
+
+
+def route_with_metrics(
+  routed: RouterOutput, mask: Bool[Array, " T"] | None = None
+) -> tuple[Routing, SMoEMetrics]:
+  """Returns the routing of a router's choices, masked tokens to no expert."""
+  num_experts = routed.logits.shape[1]
+  expert_ids = routed.expert_ids
+  if mask is not None:
+    nowhere = jnp.full_like(expert_ids, num_experts)
+    expert_ids = jnp.where(mask[:, None], expert_ids, nowhere)
+  routing = route(expert_ids, num_experts)
+  metrics = SMoEMetrics(
+    load_balancing_loss(routed.probs, routing.group_sizes, mask=mask),
+    router_z_loss(routed.logits, mask=mask),
+    routing.group_sizes,
+  )
+  return routing, metrics
