@@ -6,7 +6,7 @@ interpreted on another.
 """
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -51,7 +51,11 @@ def current_device() -> Device:
     capability = next(
       (c for name, c in _CAPABILITY_OF_KIND if name in kind), None
     )
-    platform = "gpu" if abstract.platform in ("cuda", "gpu") else "cpu"
+    # Before JAX 0.9 a described device has no platform, only a kind.
+    platform = getattr(abstract, "platform", None) or (
+      "cuda" if abstract.num_cores else kind
+    )
+    platform = "gpu" if platform in ("cuda", "gpu") else "cpu"
     return Device(platform, kind, capability, abstract.num_cores)
   device = jax.config.jax_default_device or jax.devices()[0]
   if isinstance(device, str):
@@ -75,3 +79,51 @@ def _abstract_device():
 def requested_implementation() -> str | None:
   """Returns SCATTERMOE_JAX_IMPLEMENTATION, the user's override, or None."""
   return os.environ.get(_IMPLEMENTATION_VARIABLE) or None
+
+
+def varying_axes(*arrays: Any) -> frozenset[str]:
+  """Returns the mesh axes over which any of `arrays` differs by device.
+
+  Empty outside `jax.shard_map`. None counts as an array that differs nowhere.
+  """
+  axes: frozenset[str] = frozenset()
+  for array in jax.tree.leaves(arrays):
+    aval = jax.typeof(array)
+    # `vma` became `manual_axis_type.varying` in JAX 0.11.
+    kind = getattr(aval, "manual_axis_type", None)
+    axes |= getattr(aval, "vma", frozenset()) if kind is None else kind.varying
+  return axes
+
+
+def vary_over(tree: Any, axes: frozenset[str]) -> Any:
+  """Returns `tree` marked as differing by device over the mesh axes `axes`.
+
+  `jax.shard_map` checks that a loop carries, and a hand-written backward
+  returns, what varies over the same axes as what went in. The values do not
+  change; the transpose is the sum over those axes.
+  """
+
+  def mark(array):
+    missing = tuple(sorted(axes - varying_axes(array)))
+    if not missing:
+      return array
+    if hasattr(jax.lax, "pcast"):
+      return jax.lax.pcast(array, missing, to="varying")
+    return jax.lax.pvary(array, missing)  # before JAX 0.9
+
+  return jax.tree.map(mark, tree)
+
+
+def output_struct(shape, dtype, *operands: Any) -> jax.ShapeDtypeStruct:
+  """Returns the shape of a kernel's output, varying as its operands do.
+
+  For `pl.pallas_call(out_shape=...)`, which inside `jax.shard_map` must say
+  over which mesh axes the result differs.
+  """
+  axes = varying_axes(operands)
+  if not axes:
+    return jax.ShapeDtypeStruct(shape, dtype)
+  if hasattr(jax.sharding, "ManualAxisType"):
+    kind = jax.sharding.ManualAxisType(varying=axes)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+  return jax.ShapeDtypeStruct(shape, dtype, vma=axes)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from scattermoe_jax._compat import vary_over, varying_axes
+
 
 class Routing(NamedTuple):
   """The ids of one routing; made once by `route`, passed whole to every op.
@@ -80,6 +82,30 @@ def route(expert_ids: Int[Array, "T k"], num_experts: int) -> Routing:
     [1, 4, 2, 5, 0, 3]
   """
   _check_expert_ids(expert_ids, num_experts)
+  return _route(expert_ids, num_experts)
+
+
+def route_local(
+  expert_ids: Int[Array, "T k"],
+  first_expert: int | Int[Array, ""],
+  num_experts: int,
+) -> Routing:
+  """Returns the routing to the experts of one device; others are 'not here'.
+
+  Args:
+    expert_ids: the experts of each token, numbered over all devices.
+    first_expert: the first expert of this device.
+    num_experts: experts of this device; k may be above it.
+
+  Example:
+    >>> route_local(jnp.array([[2, 0], [1, 3]]), 2, 2).group_sizes.tolist()
+    [1, 1]
+  """
+  expert_ids = expert_ids.astype(jnp.int32)
+  return _route(expert_ids - jnp.int32(first_expert), num_experts)
+
+
+def _route(expert_ids: Int[Array, "T k"], num_experts: int) -> Routing:
   num_rows = expert_ids.size
   if jnp.iinfo(expert_ids.dtype).bits < 32:  # E may not fit a narrow dtype
     expert_ids = expert_ids.astype(jnp.int32)
@@ -87,11 +113,9 @@ def route(expert_ids: Int[Array, "T k"], num_experts: int) -> Routing:
   flat_ids = jnp.where(in_range, expert_ids, num_experts).reshape(num_rows)
   sorted_ids, scattered_ids = _sort(flat_ids.astype(jnp.int32), num_experts)
   # E + 1 binary searches in one kernel: a histogram without atomics.
-  offsets = jnp.searchsorted(
-    sorted_ids,
-    jnp.arange(num_experts + 1, dtype=jnp.int32),
-    method="scan_unrolled",
-  )
+  experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
+  experts = vary_over(experts, varying_axes(sorted_ids))
+  offsets = jnp.searchsorted(sorted_ids, experts, method="scan_unrolled")
   rows = jnp.arange(num_rows, dtype=jnp.int32)
   grouped_ids = (
     jnp.zeros_like(rows).at[scattered_ids].set(rows, unique_indices=True)

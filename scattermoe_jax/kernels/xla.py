@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels import composed
 from scattermoe_jax.kernels.contract import Problem, accumulator_dtype
 from scattermoe_jax.kernels.schedule import tile_schedule
@@ -92,6 +93,7 @@ def scatter2scatter(
     )
 
   y = jnp.zeros((num_rows + block_m, d_out), x.dtype)
+  y = vary_over(y, varying_axes(x, w, routing, bias))
   y = lax.fori_loop(0, tiles.num_tiles, multiply_tile, y)
   if grouped_out:
     return y[:num_rows]
@@ -154,7 +156,8 @@ def group_xty(
     return xty.at[expert].set(total.astype(xty.dtype)), total
 
   total = jnp.zeros((d_in, d_out), accumulator_dtype(x.dtype))
-  return lax.fori_loop(0, tiles.num_tiles, add_tile, (xty, total))[0]
+  carry = vary_over((xty, total), varying_axes(x, y, routing))
+  return lax.fori_loop(0, tiles.num_tiles, add_tile, carry)[0]
 
 
 up_projection = functools.partial(composed.up_projection, scatter2scatter)

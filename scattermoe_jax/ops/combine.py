@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels import accumulator_dtype
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.derivatives import first_derivative_only
@@ -35,6 +36,7 @@ def combine(
   checks.check_rows("combine", y, routing, grouped=True, name="y")
   checks.check_gates("combine", gates, routing)
   checks.check_dtypes("combine", y)
+  y, gates = vary_over((y, gates), varying_axes(y, gates, routing))
   return _combine(y, gates, routing)
 
 

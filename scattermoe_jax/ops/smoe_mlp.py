@@ -10,6 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels import accumulator_dtype, choose_backend
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import Activation, get_activation
@@ -93,7 +94,9 @@ def smoe_mlp(
   )
   activation = get_activation(activation, gated=gated)
   static = _Static(backend, activation, num_chunks, precision)
-  return _smoe_mlp(static, x, gates, w_in, w_out, bias_in, bias_out, routing)
+  operands = (x, gates, w_in, w_out, bias_in, bias_out)
+  operands = vary_over(operands, varying_axes(operands, routing))
+  return _smoe_mlp(static, *operands, routing)
 
 
 class _Static(NamedTuple):
