@@ -22,6 +22,24 @@ class TileSchedule(NamedTuple):
   num_tiles: Int[Array, ""]
 
 
+class WindowSchedule(NamedTuple):
+  """Tiles as windows of block_m rows, of which some may be another expert's.
+
+  Attributes:
+    expert_ids: expert of each window; E for rows of no group.
+    first_rows: grouped row at which each window starts, a multiple of `align`.
+    begins: rows at the window's start that belong to an earlier expert.
+    ends: where the expert's rows end in the window, at most block_m.
+    num_tiles: windows in use, at most the static length M.
+  """
+
+  expert_ids: Int[Array, " M"]
+  first_rows: Int[Array, " M"]
+  begins: Int[Array, " M"]
+  ends: Int[Array, " M"]
+  num_tiles: Int[Array, ""]
+
+
 def max_tiles(num_rows: int, num_groups: int, block_m: int) -> int:
   """Returns the most tiles that `num_rows` in `num_groups` can need.
 
@@ -50,23 +68,74 @@ def tile_schedule(
     [4, 1, 3, 0]
   """
   length = max_tiles(num_rows, group_sizes.shape[0], block_m)
+  windows = _windows(group_sizes, length, block_m, align=1)
+  return TileSchedule(
+    windows.expert_ids, windows.first_rows, windows.ends, windows.num_tiles
+  )
+
+
+def window_schedule(
+  group_sizes: Int[Array, " E"], num_rows: int, block_m: int, align: int = 1
+) -> WindowSchedule:
+  """Returns windows over all rows; those of no group form a last group, E.
+
+  A copy of a tiled operand by TMA starts at a multiple of 8 rows, and a group
+  anywhere. So a group's first window starts at the multiple below, and what
+  it holds of the group before is computed and not stored.
+
+    row     0       8       16      24       align = 8, block_m = 16,
+    expert  0 0 0 0 0 1 1 1 1 1 1 1 1 1 1 1  groups end at rows 5 and 16
+            |---- window 0: [0, 5) ---|
+            |---- window 1: [5, 16) --|
+
+  Args:
+    group_sizes: rows of each expert.
+    num_rows: S.
+    block_m: rows of a window, a multiple of `align`.
+    align: what the start of a window is a multiple of.
+
+  Example:
+    >>> windows = window_schedule(jnp.array([5, 3]), 10, 8, align=4)
+    >>> windows.first_rows[:4].tolist(), windows.begins[:4].tolist()
+    ([0, 4, 8, 0], [0, 1, 0, 0])
+  """
+  group_sizes = group_sizes.astype(jnp.int32)
+  ungrouped = jnp.int32(num_rows) - jnp.sum(group_sizes, dtype=jnp.int32)
+  group_sizes = jnp.concatenate([group_sizes, ungrouped[None]])
+  num_groups = group_sizes.shape[0]
+  # Aligning can lengthen every group by align - 1 rows.
+  length = max_tiles(num_rows + num_groups * (align - 1), num_groups, block_m)
+  return _windows(group_sizes, length, block_m, align)
+
+
+def _windows(
+  group_sizes: Int[Array, " G"], length: int, block_m: int, align: int
+) -> WindowSchedule:
+  num_groups = group_sizes.shape[0]
   group_ends = jnp.cumsum(group_sizes).astype(jnp.int32)
-  tiles_per_group = -(-group_sizes // block_m)
+  group_starts = group_ends - group_sizes
+  aligned_starts = group_starts - group_starts % jnp.int32(align)
+  tiles_per_group = jnp.where(
+    group_sizes > 0, -(-(group_ends - aligned_starts) // block_m), 0
+  )
   tile_ends = jnp.cumsum(tiles_per_group).astype(jnp.int32)
   tiles = jnp.arange(length, dtype=jnp.int32)
   # Comparing with every group's end beats a binary search on a GPU: one fused
   # kernel of length * E comparisons.
-  expert_ids = jnp.sum(
-    tiles[:, None] >= tile_ends[None, :], axis=1, dtype=jnp.int32
-  )
-  expert_ids = jnp.minimum(expert_ids, group_sizes.shape[0] - 1)
-  first_tile = (tile_ends - tiles_per_group)[expert_ids]
-  group_start = (group_ends - group_sizes)[expert_ids]
-  first_rows = group_start + (tiles - first_tile) * jnp.int32(block_m)
-  rows_left = group_ends[expert_ids] - first_rows
-  return TileSchedule(
-    expert_ids=expert_ids,
-    first_rows=first_rows.astype(jnp.int32),
-    num_rows=jnp.clip(rows_left, 0, block_m).astype(jnp.int32),
+  groups = jnp.sum(tiles[:, None] >= tile_ends[None, :], axis=1)
+  groups = jnp.minimum(groups.astype(jnp.int32), num_groups - 1)
+  first_tile = (tile_ends - tiles_per_group)[groups]
+  first_rows = aligned_starts[groups] + (tiles - first_tile) * block_m
+  in_use = tiles < tile_ends[-1]
+
+  def clip(row):
+    rows = jnp.where(in_use, jnp.clip(row - first_rows, 0, block_m), 0)
+    return rows.astype(jnp.int32)
+
+  return WindowSchedule(
+    expert_ids=groups,
+    first_rows=jnp.where(in_use, first_rows, 0).astype(jnp.int32),
+    begins=clip(group_starts[groups]),
+    ends=clip(group_ends[groups]),
     num_tiles=tile_ends[-1],
   )

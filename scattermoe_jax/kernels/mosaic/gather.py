@@ -1,0 +1,173 @@
+"""Rows that lie anywhere: loaded by cp.async, stored 16 bytes at a time.
+
+TMA moves boxes, so a row of its own costs a copy of its own. cp.async moves 16
+bytes for each thread from any address, writes them to shared memory where the
+swizzle wants them, and needs no registers on the way:
+
+  thread            t = 8 r + c         r in 0..15, c in 0..7
+  global memory     row ids[r + 16 i]   chunk c of 64 columns   i = 0, 1, ...
+  shared memory     row r + 16 i        chunk c ^ (r % 8)
+
+Eight threads read one 128-byte line, and the row is the only thing that is
+looked up: once per tile, not once per step.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+
+from scattermoe_jax.kernels.mosaic import layouts as lt
+
+_ROWS_AT_ONCE = lt.WARPGROUP // lt.CHUNKS
+
+
+class RowCopies(NamedTuple):
+  """Loads and stores of gathered rows by one warpgroup.
+
+  The one part of the kernels that Mosaic's interpreter cannot run; its tests
+  put copies of single rows in its place.
+
+  Attributes:
+    width: columns of the array whose rows are moved, a multiple of 64.
+  """
+
+  width: int
+
+  # Arrivals on a stage's barrier that stand for its gathered rows.
+  arrivals = 1
+
+  def locate(self, ids, first, num_rows, block_rows: int) -> jax.Array:
+    """Returns where this thread's chunks of `block_rows` rows begin.
+
+    Args:
+      ids: the row at each position; in global memory.
+      first: position of the tile's first row.
+      num_rows: rows of the tile that exist; later ones repeat the last.
+      block_rows: rows to locate.
+    """
+    count = block_rows // _ROWS_AT_ONCE
+
+    @plgpu.inline_mgpu(
+      arg_types=(plgpu.RefType(), lt.SCALAR, lt.SCALAR),
+      return_type=lt.per_thread_type(count),
+    )
+    def locate(_, ids, first, num_rows):
+      first, num_rows = lt.scalar(first), lt.scalar(num_rows)
+      row, chunk = _row_and_chunk()
+      last = arith.maxsi(arith.subi(num_rows, lt.const(1)), lt.const(0))
+      chunks = []
+      for i in range(count):
+        row_i = arith.addi(row, lt.const(i * _ROWS_AT_ONCE))
+        position = arith.addi(first, arith.minsi(row_i, last))
+        start = arith.muli(
+          lt.load_id(ids, position), lt.const(self.width // lt.CHUNK)
+        )
+        chunks.append(arith.addi(start, chunk))
+      return lt.pack(chunks, count)
+
+    return locate(ids, lt.int32(first), lt.int32(num_rows))
+
+  def load(self, x, x_smem, places, column, barrier) -> None:
+    """Starts the copy of 64 columns of the rows at `places` into a stage.
+
+    Counted by `arrive`, not by `barrier`.
+    """
+    del barrier
+    count = places.shape[0] // lt.WARPGROUP
+
+    @plgpu.inline_mgpu(
+      arg_types=(
+        plgpu.RefType(),
+        plgpu.RefType(lt.OPERAND),
+        lt.per_thread(count),
+        lt.SCALAR,
+      )
+    )
+    def load(_, x, x_smem, places, column):
+      source = lt.global_pointer(x)
+      target = lt.at_byte(
+        lt.shared_pointer(x_smem), lt.swizzled(*_row_and_chunk())
+      )
+      first = arith.divui(lt.scalar(column), lt.const(lt.CHUNK))
+      for i, place in enumerate(lt.unpack(places)):
+        nvvm.cp_async_shared_global(
+          lt.at_byte(target, i * _ROWS_AT_ONCE * 128),
+          lt.at_chunk(source, arith.addi(place, first)),
+          16,
+          nvvm.LoadCacheModifierKind.CG,
+        )
+      nvvm.cp_async_commit_group()
+      return ()
+
+    load(x, x_smem, places, lt.int32(column))
+
+  def arrive(self, barrier, in_flight: int) -> None:
+    """Reports the stage before the last `in_flight` ones to its barrier."""
+    lt.wait_async_copies(in_flight)
+    plgpu.barrier_arrive(barrier)
+
+  def store(self, y_smem, y, places, column, begin, end) -> None:
+    """Stores rows [begin, end) of 64 columns to the rows at `places`."""
+    count = places.shape[0] // lt.WARPGROUP
+
+    @plgpu.inline_mgpu(
+      arg_types=(
+        plgpu.RefType(lt.BY_ROW),
+        plgpu.RefType(),
+        lt.per_thread(count),
+        lt.SCALAR,
+        lt.SCALAR,
+        lt.SCALAR,
+      )
+    )
+    def store(_, y_smem, y, places, column, begin, end):
+      row, chunk = _row_and_chunk()
+      source = lt.at_byte(lt.shared_pointer(y_smem), lt.swizzled(row, chunk))
+      target = lt.global_pointer(y)
+      first = arith.divui(lt.scalar(column), lt.const(lt.CHUNK))
+      begin, end = lt.scalar(begin), lt.scalar(end)
+      quad = ir.VectorType.get((4,), lt.i32())
+      for i, place in enumerate(lt.unpack(places)):
+        row_i = arith.addi(row, lt.const(i * _ROWS_AT_ONCE))
+        live = arith.andi(
+          arith.cmpi(arith.CmpIPredicate.sge, row_i, begin),
+          arith.cmpi(arith.CmpIPredicate.slt, row_i, end),
+        )
+        words = llvm.load(
+          quad, lt.at_byte(source, i * _ROWS_AT_ONCE * 128), alignment=16
+        )
+        _store_quad(live, lt.at_chunk(target, arith.addi(place, first)), words)
+      return ()
+
+    column, begin, end = map(lt.int32, (column, begin, end))
+    store(y_smem, y, places, column, begin, end)
+
+
+def _row_and_chunk() -> tuple[ir.Value, ir.Value]:
+  thread = lt.thread_index()
+  return (
+    arith.shrui(thread, lt.const(3)),
+    arith.andi(thread, lt.const(lt.CHUNKS - 1)),
+  )
+
+
+def _store_quad(live: ir.Value, pointer: ir.Value, quad: ir.Value) -> None:
+  # A predicated store: a branch around each would cost more than the store.
+  words = [
+    vector.extract(
+      quad,
+      dynamic_position=[],
+      static_position=ir.DenseI64ArrayAttr.get([i]),
+    )
+    for i in range(4)
+  ]
+  llvm.inline_asm(
+    ir.Type.parse("!llvm.void"),
+    [live, pointer, *words],
+    "@$0 st.global.v4.b32 [$1], {$2, $3, $4, $5};",
+    "b,l,r,r,r,r",
+    has_side_effects=True,
+  )
