@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from scattermoe_jax._compat import vary_over, varying_axes
 
@@ -63,7 +63,7 @@ class Routing(NamedTuple):
     return self.group_sizes.shape[0]
 
 
-def route(expert_ids: Int[Array, "T k"], num_experts: int) -> Routing:
+def route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
   """Returns the routing of T tokens to k experts each, by a stable sort.
 
   Args:
@@ -86,7 +86,7 @@ def route(expert_ids: Int[Array, "T k"], num_experts: int) -> Routing:
 
 
 def route_local(
-  expert_ids: Int[Array, "T k"],
+  expert_ids: Integer[Array, "T k"],
   first_expert: int | Int[Array, ""],
   num_experts: int,
 ) -> Routing:
@@ -105,7 +105,7 @@ def route_local(
   return _route(expert_ids - jnp.int32(first_expert), num_experts)
 
 
-def _route(expert_ids: Int[Array, "T k"], num_experts: int) -> Routing:
+def _route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
   num_rows = expert_ids.size
   if jnp.iinfo(expert_ids.dtype).bits < 32:  # E may not fit a narrow dtype
     expert_ids = expert_ids.astype(jnp.int32)
@@ -128,7 +128,7 @@ def _route(expert_ids: Int[Array, "T k"], num_experts: int) -> Routing:
   )
 
 
-def group_offsets(routing: Routing) -> Int[Array, " E+1"]:
+def group_offsets(routing: Routing) -> Int[Array, " offsets"]:
   """Returns the first grouped row of each expert, then the end of the last."""
   return jnp.concatenate(
     [jnp.zeros((1,), jnp.int32), jnp.cumsum(routing.group_sizes)]

@@ -1,4 +1,8 @@
-"""Strict settings for every test: promotion, ranks, warnings, eight devices."""
+"""Strict settings for every test: promotion, ranks, warnings, eight devices.
+
+On a machine with a GPU, the tests marked `gpu` run with
+`JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu`.
+"""
 
 import os
 
@@ -7,15 +11,52 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# The same examples in every run; a first call compiles, so no deadline.
+hypothesis.settings.register_profile(
+  "repeatable", derandomize=True, deadline=None, max_examples=40
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+def enable_x64():
+  """Returns a context manager for double precision, on every JAX."""
+  if hasattr(jax, "enable_x64"):
+    return jax.enable_x64(True)
+  return jax.experimental.enable_x64()
+
 
 @pytest.fixture
 def x64():
   """Runs a test in double precision."""
-  with jax.experimental.enable_x64():
+  with enable_x64():
     yield
+
+
+@pytest.fixture
+def unchecked():
+  """Switches the runtime type checker off: what a user sees without it."""
+  before = jaxtyping.config.jaxtyping_disable
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def pytest_collection_modifyitems(items):
+  """Skips the GPU's tests, with a reason, where there is no GPU."""
+  if not any("gpu" in item.keywords for item in items) or _has_gpu():
+    return
+  for item in items:
+    if "gpu" in item.keywords:
+      item.add_marker(pytest.mark.skip(reason="no GPU that JAX can use"))
+
+
+def _has_gpu() -> bool:
+  return any(device.platform == "gpu" for device in jax.devices())
