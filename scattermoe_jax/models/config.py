@@ -1,0 +1,181 @@
+"""The sizes and switches of a language model, as one plain value."""
+
+import dataclasses
+from typing import Any
+
+from scattermoe_jax.nn import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """What `Transformer` is built from; the defaults are the demo's byte model.
+
+  Every field is a number, a string or a tuple, so that a config is hashable and
+  survives JSON. A field that only some families of models need names them.
+
+  Raises:
+    ValueError: if two fields contradict each other; the message names them.
+  """
+
+  vocab_size: int = 256
+  d_model: int = 128
+  num_layers: int = 4
+
+  # Attention: "mha" is dense, with fewer heads of keys and values than of
+  # queries where num_kv_heads is below num_heads (all families but OLMoE).
+  # "moa" is a Mixture of Attention (JetMoE): a token chooses attention_top_k
+  # of attention_experts, each of num_kv_heads heads.
+  attention: str = "mha"
+  num_heads: int = 4
+  num_kv_heads: int = 4
+  head_dim: int = 32
+  attention_experts: int = 8
+  attention_top_k: int = 2
+  attention_scoring: str = "top_k_softmax"
+  attention_bias: bool = False  # On all four projections: gpt-oss.
+  attention_sinks: bool = False  # A learned logit that takes weight: gpt-oss.
+  attention_scale: float | None = None  # None: head_dim**-0.5. Granite sets it.
+  qk_norm: str | None = None  # "head": Qwen3. "vector", over all heads: OLMoE.
+  clip_qkv: float | None = None  # OLMoE's first release.
+  sliding_window: int | None = None  # Tokens seen, with oneself: gpt-oss.
+  sliding_layers: tuple[int, ...] | None = None  # None: all. gpt-oss: even ones.
+
+  rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling | None = None  # YaRN: gpt-oss.
+
+  # Feed-forward: "moe", or "dense" of width d_ff in every layer. Layers listed
+  # in dense_layers are dense among MoE layers (Qwen3's mlp_only_layers,
+  # DeepSeek's first layers).
+  ffn: str = "moe"
+  dense_layers: tuple[int, ...] = ()
+  d_ff: int = 256
+  num_experts: int = 8
+  top_k: int = 2
+  d_expert: int = 128
+  activation: str = "silu"  # "clamped_swiglu": gpt-oss.
+  gated: bool = True
+  expert_bias: bool = False  # gpt-oss.
+  d_shared: int = 0  # A dense MLP beside the experts: DeepSeek, GraniteMoeShared.
+  shared_gate: bool = False  # A sigmoid on its output: Qwen2.
+
+  # Router: "top_k_softmax" (Granite, JetMoE, gpt-oss), "softmax_top_k" (OLMoE),
+  # "softmax_top_k_renormalized" (Mixtral, Qwen3), "sigmoid" (DeepSeek-V3).
+  scoring: str = "top_k_softmax"
+  router_bias: bool = False  # gpt-oss.
+  router_jitter: float = 0.0  # Mixtral, in training.
+  num_groups: int = 1  # DeepSeek-V3 chooses top_groups of num_groups first.
+  top_groups: int = 1
+  routed_scale: float = 1.0  # DeepSeek-V3.
+  selection_bias: bool = False  # DeepSeek-V3.
+
+  # One vector added to the sum of the experts of a block: JetMoE.
+  block_bias: bool = False
+
+  # Granite's multipliers, with attention_scale the fourth.
+  embedding_multiplier: float = 1.0
+  residual_multiplier: float = 1.0
+  logits_divisor: float = 1.0
+
+  tie_embeddings: bool = True
+  norm_eps: float = 1e-5
+  final_norm_eps: float | None = None  # None: norm_eps. JetMoE's differ.
+
+  # Dtype of the arithmetic and of the weights. Router and logits are float32.
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  remat: bool = False  # Recompute each layer in the backward pass.
+  implementation: str | None = None  # The backend; None for the first that can.
+
+  def __post_init__(self):
+    _check(self)
+
+  def is_moe(self, layer: int) -> bool:
+    """Returns whether the feed-forward of that layer is a mixture."""
+    return self.ffn == "moe" and layer not in self.dense_layers
+
+  def window(self, layer: int) -> int | None:
+    """Returns the sliding window of that layer, or None."""
+    if self.sliding_layers is None or layer in self.sliding_layers:
+      return self.sliding_window
+    return None
+
+  def dense_twin(self) -> "ModelConfig":
+    """Returns a model with as many active parameters and no routing.
+
+    Its feed-forward is as wide as the k experts of a token and the shared
+    expert together; its attention has the heads that a token of a Mixture of
+    Attention has. Only the routers are missing.
+    """
+    width = self.top_k * self.d_expert + self.d_shared
+    return dataclasses.replace(
+      self, ffn="dense", d_ff=width, attention="mha", block_bias=False
+    )
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the fields as JSON can say them."""
+    fields = dataclasses.asdict(self)
+    if self.rope_scaling is not None:
+      fields["rope_scaling"] = self.rope_scaling._asdict()
+    return fields
+
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
+    """Returns the config that `to_dict` or its JSON came from.
+
+    Raises:
+      ValueError: if a field is unknown.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(fields) - known):
+      raise ValueError(
+        f"ModelConfig: unknown fields {unknown}; known are {sorted(known)}."
+      )
+    fields = {
+      name: tuple(value) if isinstance(value, list) else value
+      for name, value in fields.items()
+    }
+    if isinstance(fields.get("rope_scaling"), dict):
+      fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    return cls(**fields)
+
+
+def _check(config: ModelConfig) -> None:
+  _check_choice(config, "attention", ("mha", "moa"))
+  _check_choice(config, "ffn", ("moe", "dense"))
+  _check_choice(config, "qk_norm", (None, "head", "vector"))
+  if config.num_heads % config.num_kv_heads:
+    raise ValueError(
+      f"ModelConfig: num_heads = {config.num_heads} is not a multiple of "
+      f"num_kv_heads = {config.num_kv_heads}."
+    )
+  if config.head_dim % 2:
+    raise ValueError(
+      f"ModelConfig: head_dim = {config.head_dim} must be even; rotary "
+      "embeddings turn pairs."
+    )
+  if config.attention == "moa":
+    heads = config.attention_top_k * config.num_kv_heads
+    if config.num_heads != heads:
+      raise ValueError(
+        f'ModelConfig: attention="moa" has attention_top_k * num_kv_heads = '
+        f"{heads} query heads, got num_heads = {config.num_heads}."
+      )
+    for name in ("qk_norm", "clip_qkv", "attention_bias", "attention_sinks"):
+      if getattr(config, name):
+        raise ValueError(
+          f'ModelConfig: {name} needs attention="mha"; '
+          "MixtureOfAttention has none."
+        )
+  if config.ffn == "moe" and config.top_k > config.num_experts:
+    raise ValueError(
+      f"ModelConfig: top_k = {config.top_k} is above num_experts = "
+      f"{config.num_experts}."
+    )
+
+
+def _check_choice(config: ModelConfig, name: str, choices: tuple) -> None:
+  if getattr(config, name) not in choices:
+    raise ValueError(
+      f"ModelConfig: {name} must be one of {choices}, got "
+      f"{getattr(config, name)!r}."
+    )
