@@ -29,17 +29,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from scattermoe_jax.kernels.config import TileConfig
-from scattermoe_jax.kernels.mosaic import rows as cp_async_rows
+from scattermoe_jax.kernels.mosaic import layouts as lt
+from scattermoe_jax.kernels.mosaic import row_steps
 from scattermoe_jax.routing import Routing, group_offsets, input_rows
 
 # M = columns of left, N = columns of right, K = rows of one expert, G = E
 
 _BLOCK_LEFT = 128
-_BLOCK_ROWS = 64
+_BLOCK_ROWS = row_steps.ROWS
 _WARPGROUP_ROWS = _BLOCK_LEFT // 2
 _STORE_COLS = 64
-# 128-byte swizzle over 8 rows: what wgmma reads without bank conflicts.
-_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def group_xty(
@@ -161,12 +160,12 @@ def _columns(plan: _Plan, t: _Tile):
 
 
 @functools.cache
-def build(plan: _Plan, rows=cp_async_rows):
+def build(plan: _Plan, rows=row_steps):
   """Returns the kernel for `plan`: (left, right, ids, ids, offsets) -> dw.
 
   Args:
     plan: everything static.
-    rows: how rows are gathered: the module `rows`, or for the interpreter, which
+    rows: how rows are gathered: the module `row_steps`, or for the interpreter, which
       cannot run cp.async, something with the same functions.
   """
   stages, num_sms = plan.num_stages, plan.num_sms
@@ -179,12 +178,12 @@ def build(plan: _Plan, rows=cp_async_rows):
     out_type=jax.ShapeDtypeStruct((plan.num_experts, *shape), plan.dtype),
     scratch_types=dict(
       left_smem=plgpu.SMEM(
-        (stages, _BLOCK_ROWS, _BLOCK_LEFT), plan.dtype, transforms=_SWIZZLED
+        (stages, _BLOCK_ROWS, _BLOCK_LEFT), plan.dtype, transforms=lt.OPERAND
       ),
       right_smem=plgpu.SMEM(
         (stages, _BLOCK_ROWS, plan.right.block),
         plan.dtype,
-        transforms=_SWIZZLED,
+        transforms=lt.OPERAND,
       ),
       out_smem=plgpu.SMEM(
         (2, 2, _WARPGROUP_ROWS, _STORE_COLS),
@@ -218,7 +217,9 @@ def _store_transforms(width: int):
   return (tiling, plgpu.SwizzleTransform(2 * cols))
 
 
-def _body(plan, rows, left, right, left_ids, right_ids, offsets, out, **scratch):
+def _body(
+  plan, rows, left, right, left_ids, right_ids, offsets, out, **scratch
+):
   """One block: a loader and two multipliers, each walking the same tiles."""
   warpgroup = lax.axis_index("warpgroup")
   block = lax.axis_index("sm")
@@ -296,7 +297,7 @@ def _load_tiles(plan, rows, tile, num_tiles, left, right, scratch):
         sides, cols, ids, strict=True
       ):
         copy_rows = functools.partial(
-          rows.copy, source, smem.at[slot], col=col, width=side.width
+          rows.copy, source, smem.at[slot], column=col, width=side.width
         )
         if side.gathered:
           copy_rows(my_ids)

@@ -1,0 +1,170 @@
+"""How long things take: interleaved, warmed up, and with their spread.
+
+Device time: a sample is many calls dispatched without waiting, between two
+waits, divided by their number, so that Python's own time hides behind the
+device's. Variants take turns, sample by sample: clocks and temperature drift,
+and a card at its power limit drifts most, but they drift for all alike.
+
+Caches: calls follow one another, so an operand smaller than the L2 cache (50 MB
+on an H200) is found there. Where the caller would find it cold, pass `flush`.
+"""
+
+import datetime
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+_FLUSH_BYTES = 256 * 2**20
+
+
+class Timing(NamedTuple):
+  """Milliseconds of one call: the median and the middle 60 % of samples."""
+
+  ms_median: float
+  ms_p20: float
+  ms_p80: float
+  samples: int
+
+
+def time_interleaved(
+  variants: Mapping[str, Callable[[], Any]],
+  *,
+  samples: int = 20,
+  sample_ms: float = 20.0,
+  max_calls: int = 50,
+  flush: bool = False,
+) -> dict[str, Timing]:
+  """Returns the time of a call of each variant, all measured in one run.
+
+  Args:
+    variants: by name, functions of no arguments that dispatch and return.
+    samples: how many samples of each.
+    sample_ms: about how long a sample should take: enough calls for this.
+    max_calls: but at most so many, as each holds its result.
+    flush: whether to write 256 MB before each call, so that it finds caches
+      cold; the time of writing alone is measured alike and taken off.
+  """
+  variants = dict(variants)
+  if flush:
+    flush_cache = _flusher()
+    variants = {
+      name: _in_turn(flush_cache, call) for name, call in variants.items()
+    }
+    variants["flush"] = flush_cache
+  calls = {
+    name: _calls_for(call, sample_ms, max_calls)
+    for name, call in variants.items()
+  }
+  taken: dict[str, list[float]] = {name: [] for name in variants}
+  for _ in range(samples):
+    for name, call in variants.items():
+      taken[name].append(_sample(call, calls[name]))
+  idle = statistics.median(taken.pop("flush")) if flush else 0.0
+  return {name: _summary(times, idle) for name, times in taken.items()}
+
+
+def _sample(call: Callable[[], Any], calls: int) -> float:
+  start = time.perf_counter()
+  for _ in range(calls):
+    result = call()
+  jax.block_until_ready(result)
+  return (time.perf_counter() - start) / calls * 1e3
+
+
+def _calls_for(call, sample_ms: float, max_calls: int) -> int:
+  jax.block_until_ready(call())  # Compiles.
+  jax.block_until_ready(call())  # Fills caches, allocates.
+  once = _sample(call, 1)
+  return max(1, min(max_calls, round(sample_ms / max(once, 1e-3))))
+
+
+def _summary(times: Sequence[float], idle: float) -> Timing:
+  times = sorted(t - idle for t in times)
+  last = len(times) - 1
+  return Timing(
+    statistics.median(times),
+    times[round(0.2 * last)],
+    times[round(0.8 * last)],
+    len(times),
+  )
+
+
+def _flusher() -> Callable[[], Any]:
+  write = jax.jit(lambda a: a + 1)
+  buffer = jnp.zeros((_FLUSH_BYTES // 4,), jnp.int32)
+  return lambda: write(buffer)
+
+
+def _in_turn(first, second) -> Callable[[], Any]:
+  def both():
+    first()
+    return second()
+
+  return both
+
+
+def environment() -> dict[str, Any]:
+  """Returns what a record says of where and how it was made."""
+  device = jax.devices()[0]
+  return {
+    "device": device.device_kind,
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "commit": _output("git", "rev-parse", "--short", "HEAD"),
+    "driver": _output(
+      "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    ),
+    "clocks": _output(
+      "nvidia-smi",
+      "--query-gpu=clocks.sm,clocks.max.sm,power.limit",
+      "--format=csv,noheader",
+    ),
+    "date": datetime.date.today().isoformat(),
+    "command": " ".join(["python", *_module_command()]),
+  }
+
+
+def _module_command() -> list[str]:
+  spec = getattr(sys.modules["__main__"], "__spec__", None)
+  program = ["-m", spec.name] if spec else [pathlib.Path(sys.argv[0]).name]
+  return program + sys.argv[1:]
+
+
+def _output(*command: str) -> str | None:
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def write_records(
+  path: pathlib.Path | str, records: Sequence[Mapping[str, Any]]
+) -> None:
+  """Writes records as JSON, one to a line, so that diffs are readable."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = ",\n".join(json.dumps(dict(record)) for record in records)
+  path.write_text(f"[\n{lines}\n]\n")
+
+
+def read_records(path: pathlib.Path | str) -> list[dict[str, Any]]:
+  """Returns the records of a file that `write_records` wrote."""
+  return json.loads(pathlib.Path(path).read_text())
+
+
+def results_path(name: str, device: str | None = None) -> pathlib.Path:
+  """Returns results/<device>/<name>.json, such as results/h200/...."""
+  kind = (device or jax.devices()[0].device_kind).lower()
+  kind = kind.removeprefix("nvidia ").split()[0]
+  return RESULTS / kind / f"{name}.json"

@@ -1,0 +1,160 @@
+"""64 rows at a time into shared memory by cp.async, zero where there is none.
+
+For a contraction over rows: what lies past the group's end must be zero in both
+operands. A warpgroup's thread t of warp w holds the id of row 16 w + t % 16 of
+the step, -1 for no row; then warp w copies those 16 rows, its lanes side by
+side along a row, 16 bytes each, and cp.async writes zeros where told to read
+none:
+
+    lane   0      1     ...                     Rows lie as wgmma wants them,
+    row r  [16 B] [16 B] ... block columns      in tiles of 8 rows by 64 columns
+                                                (see `layouts`).
+
+The interpreter cannot run these; tests exchange them (see `group_xty.build`).
+"""
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm
+
+from scattermoe_jax.kernels.mosaic import layouts as lt
+
+ROWS = 64
+_WARP = 32
+_WARP_ROWS = 16
+_TILE_BYTES = 8 * 128
+_WINDOW = (lt.SCALAR, lt.SCALAR, lt.SCALAR)
+
+
+def load_ids(ids, first_row, group_first, group_end):
+  """Returns the ids of 64 rows from `first_row`; -1 outside of the group."""
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(), *_WINDOW), return_type=lt.per_thread_type(1)
+  )
+  def load(_, ids, first_row, group_first, group_end):
+    row, inside = _my_row(first_row, group_first, group_end)
+    # Outside, read the id of the group's first row, which exists.
+    safe = arith.select(inside, row, lt.scalar(group_first))
+    return _masked(inside, lt.load_id(ids, safe))
+
+  return load(ids, first_row, group_first, group_end)
+
+
+def range_ids(first_row, group_first, group_end):
+  """Returns the rows from `first_row` as ids; -1 outside of the group."""
+
+  @plgpu.inline_mgpu(arg_types=_WINDOW, return_type=lt.per_thread_type(1))
+  def count(_, first_row, group_first, group_end):
+    row, inside = _my_row(first_row, group_first, group_end)
+    return _masked(inside, row)
+
+  return count(first_row, group_first, group_end)
+
+
+def copy(source, smem, ids, *, column, width):
+  """Starts copying columns [column, column + block) of the rows `ids` to smem.
+
+  Args:
+    source: (rows, width) in global memory, width a multiple of 8.
+    smem: (64, block) in shared memory, in the layout of an operand.
+    ids: from `load_ids` or `range_ids`; -1 for zeros.
+    column: the first, a multiple of 8.
+    width: of `source`; what lies past it becomes zero.
+  """
+  chunks = smem.shape[-1] // lt.CHUNK
+  rows_at_once = _WARP // chunks
+  # Tiles side by side hold 8 rows of the block.
+  tile_row_bytes = chunks // lt.CHUNKS * _TILE_BYTES
+
+  @plgpu.inline_mgpu(
+    arg_types=(
+      plgpu.RefType(),
+      plgpu.RefType(lt.OPERAND),
+      lt.per_thread(1),
+      lt.SCALAR,
+    ),
+  )
+  def issue(_, source, smem, ids, column):
+    thread = lt.thread_index()
+    warp = arith.shrui(thread, lt.const(5))
+    lane = arith.andi(thread, lt.const(_WARP - 1))
+    chunk = arith.remui(lane, lt.const(chunks))
+    first_chunk = arith.divui(lt.scalar(column), lt.const(lt.CHUNK))
+    source_chunk = arith.addi(first_chunk, chunk)
+    in_width = arith.cmpi(
+      arith.CmpIPredicate.ult, source_chunk, lt.const(width // lt.CHUNK)
+    )
+    source_chunk = arith.select(in_width, source_chunk, lt.const(0))
+    target = lt.at_byte(
+      lt.shared_pointer(smem),
+      arith.addi(
+        arith.muli(warp, lt.const(_WARP_ROWS // 8 * tile_row_bytes)),
+        arith.muli(arith.divui(chunk, lt.const(8)), lt.const(_TILE_BYTES)),
+      ),
+    )
+    chunk_in_tile = arith.andi(chunk, lt.const(lt.CHUNKS - 1))
+    [my_id] = lt.unpack(ids)
+    first = arith.divui(lane, lt.const(chunks))
+    for i in range(_WARP_ROWS // rows_at_once):
+      row = arith.addi(first, lt.const(i * rows_at_once))
+      row_id = nvvm.shfl_sync(
+        lt.const(-1), my_id, row, lt.const(_WARP - 1), nvvm.ShflKind.idx
+      )
+      exists = arith.cmpi(arith.CmpIPredicate.sge, row_id, lt.const(0))
+      place = arith.addi(
+        arith.muli(arith.divui(row, lt.const(8)), lt.const(tile_row_bytes)),
+        lt.swizzled(arith.andi(row, lt.const(7)), chunk_in_tile),
+      )
+      source_row = arith.muli(
+        arith.maxsi(row_id, lt.const(0)), lt.const(width // lt.CHUNK)
+      )
+      nvvm.cp_async_shared_global(
+        lt.at_byte(target, place),
+        lt.at_chunk(
+          lt.global_pointer(source), arith.addi(source_row, source_chunk)
+        ),
+        16,
+        nvvm.LoadCacheModifierKind.CG,
+        cp_size=arith.select(
+          arith.andi(exists, in_width), lt.const(16), lt.const(0)
+        ),
+      )
+    return ()
+
+  issue(source, smem, ids, lt.int32(column))
+
+
+def commit():
+  """Closes a group of copies."""
+
+  @plgpu.inline_mgpu()
+  def close(_):
+    nvvm.cp_async_commit_group()
+    return ()
+
+  close()
+
+
+wait = lt.wait_async_copies
+
+
+def _my_row(first_row, group_first, group_end):
+  thread = lt.thread_index()
+  warp = arith.shrui(thread, lt.const(5))
+  row = arith.addi(
+    lt.scalar(first_row),
+    arith.addi(
+      arith.muli(warp, lt.const(_WARP_ROWS)),
+      arith.andi(thread, lt.const(_WARP_ROWS - 1)),
+    ),
+  )
+  inside = arith.andi(
+    arith.cmpi(arith.CmpIPredicate.sge, row, lt.scalar(group_first)),
+    arith.cmpi(arith.CmpIPredicate.slt, row, lt.scalar(group_end)),
+  )
+  return row, inside
+
+
+def _masked(inside: ir.Value, row: ir.Value):
+  return lt.pack([arith.select(inside, row, lt.const(-1))], 1)
