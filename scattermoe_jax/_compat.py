@@ -5,12 +5,15 @@ answer as an argument, so that a kernel for one device can be built, lowered and
 interpreted on another.
 """
 
+import importlib.util
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 
 _IMPLEMENTATION_VARIABLE = "SCATTERMOE_JAX_IMPLEMENTATION"
+_TRITON = "The Pallas Triton backend is deprecated"
 
 # Compute capability by the names that an AbstractDevice carries (a device that
 # is only described has no capability to ask for).
@@ -127,3 +130,23 @@ def output_struct(shape, dtype, *operands: Any) -> jax.ShapeDtypeStruct:
     kind = jax.sharding.ManualAxisType(varying=axes)
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
   return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+
+
+def has_pallas_triton() -> bool:
+  """Returns whether this JAX still has its Pallas-Triton backend."""
+  return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+def silence_triton_deprecation() -> None:
+  """Hides JAX's warning, at each lowering, that Pallas-Triton will go.
+
+  It speaks to this library's authors; a user cannot act on it, and with
+  warnings as errors it would stop a layer that works.
+  """
+  already = any(
+    action == "ignore" and message is not None and message.pattern == _TRITON
+    for action, message, *_ in warnings.filters
+  )
+  # Each new filter makes Python show again what it has shown once: only one.
+  if not already:
+    warnings.filterwarnings("ignore", _TRITON, DeprecationWarning)
