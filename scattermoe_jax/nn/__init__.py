@@ -1,7 +1,14 @@
 """Flax linen modules: routers, experts and attention for people's models."""
 
+from scattermoe_jax.nn.attention import MixtureOfAttention
+from scattermoe_jax.nn.attention_core import (
+  KVCache,
+  attend,
+  consecutive_positions,
+)
 from scattermoe_jax.nn.dense_mlp import DenseMLP
 from scattermoe_jax.nn.parallel_linear import ParallelLinear
+from scattermoe_jax.nn.rotary import RopeScaling, rotary_embedding
 from scattermoe_jax.nn.router import (
   Router,
   RouterOutput,
@@ -21,13 +28,19 @@ from scattermoe_jax.nn.smoe import (
 
 __all__ = [
   "DenseMLP",
+  "KVCache",
+  "MixtureOfAttention",
   "ParallelLinear",
+  "RopeScaling",
   "Router",
   "RouterOutput",
   "SMoEBlock",
   "SMoEMLP",
   "SMoEMetrics",
+  "attend",
+  "consecutive_positions",
   "load_balancing_loss",
+  "rotary_embedding",
   "route_with_metrics",
   "router_z_loss",
   "sigmoid_top_k",

@@ -313,13 +313,18 @@ def load_balancing_loss(
   Source: Switch Transformer (Fedus et al., 2021), equation 4, for k experts as
   transformers' load_balancing_loss_func writes it.
   """
-  num_experts = probs.shape[1]
-  num_tokens = _count(mask, probs)
+  choices = lax.stop_gradient(tokens_per_expert).astype(probs.dtype)
+  per_token = choices / _count(mask, probs)
+  return probs.shape[1] * jnp.sum(per_token * mean_probs(probs, mask=mask))
+
+
+def mean_probs(
+  probs: Float[Array, "T E"], *, mask: Bool[Array, " T"] | None = None
+) -> Float[Array, " E"]:
+  """Returns P_e, the mean over the tokens that count; zeros if none does."""
   if mask is not None:
     probs = jnp.where(mask[:, None], probs, jnp.zeros_like(probs))
-  mean_probs = probs.sum(axis=0) / num_tokens
-  choices = lax.stop_gradient(tokens_per_expert).astype(probs.dtype)
-  return num_experts * jnp.sum(choices / num_tokens * mean_probs)
+  return probs.sum(axis=0) / _count(mask, probs)
 
 
 def router_z_loss(

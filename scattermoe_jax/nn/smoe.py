@@ -17,6 +17,7 @@ from scattermoe_jax.nn.router import (
   RouterOutput,
   Scoring,
   load_balancing_loss,
+  mean_probs,
   router_z_loss,
 )
 from scattermoe_jax.ops import Activation, smoe_mlp
@@ -30,11 +31,14 @@ class SMoEMetrics(NamedTuple):
     load_balancing_loss: E sum_e f_e P_e; k at perfect balance.
     router_z_loss: mean squared logsumexp of the logits.
     tokens_per_expert: choices of each expert, of unmasked tokens.
+    mean_probs: P_e, the mean probability of each expert over unmasked tokens,
+      for a balance loss over several layers at once.
   """
 
   load_balancing_loss: Float[Array, "*layers"]
   router_z_loss: Float[Array, "*layers"]
   tokens_per_expert: Int[Array, "*layers E"]
+  mean_probs: Float[Array, "*layers E"]
 
 
 class SMoEMLP(nn.Module):
@@ -268,7 +272,7 @@ class SMoEBlock(nn.Module):
       )
       y += bias.astype(y.dtype)[None, :]
     if row_mask is not None:
-      y = jnp.where(row_mask[:, None], y, jnp.zeros_like(y))
+      y *= row_mask.astype(y.dtype)[:, None]
     return y.reshape(x.shape), metrics
 
   def _shared(self, rows):
@@ -306,5 +310,6 @@ def route_with_metrics(
     load_balancing_loss(routed.probs, routing.group_sizes, mask=mask),
     router_z_loss(routed.logits, mask=mask),
     routing.group_sizes,
+    mean_probs(routed.probs, mask=mask),
   )
   return routing, metrics

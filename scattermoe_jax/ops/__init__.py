@@ -6,6 +6,7 @@ from scattermoe_jax.ops.activations import (
   clamped_swiglu,
 )
 from scattermoe_jax.ops.combine import combine
+from scattermoe_jax.ops.linear_combine import linear_combine
 from scattermoe_jax.ops.parallel_linear import parallel_linear
 from scattermoe_jax.ops.remat import remat_policy
 from scattermoe_jax.ops.smoe_mlp import smoe_mlp
@@ -15,6 +16,7 @@ __all__ = [
   "Activation",
   "clamped_swiglu",
   "combine",
+  "linear_combine",
   "parallel_linear",
   "remat_policy",
   "smoe_mlp",
