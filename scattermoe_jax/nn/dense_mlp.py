@@ -15,31 +15,35 @@ class DenseMLP(nn.Module):
   """One two-layer MLP for every token, with the parameters of one expert.
 
   Parameters: `w_gate_up` (d, 2n), the gate half first, or `w_in` (d, n) if not
-  gated; `w_out` (n, d).
+  gated; `w_out` (n, d); `bias_in` and `bias_out` if `use_bias`.
 
   Attributes:
     d_hidden: n.
     activation: a name in `scattermoe_jax.ACTIVATIONS`, or an `Activation`.
     gated: whether a = f(h_gate) h_up rather than f(h).
+    use_bias: whether both layers have biases.
     dtype: of the computation; None for what x and the parameters promote to.
     param_dtype: of the parameters.
     precision: of the products.
     kernel_init: of `w_gate_up` or `w_in`.
     out_kernel_init: of `w_out`; None for `kernel_init`.
+    bias_init: of both biases.
   """
 
   d_hidden: int
   activation: str | Activation = "silu"
   gated: bool = True
+  use_bias: bool = False
   dtype: Dtype | None = None
   param_dtype: Dtype = jnp.float32
   precision: lax.PrecisionLike = None
   kernel_init: Initializer = nn.initializers.lecun_normal()
   out_kernel_init: Initializer | None = None
+  bias_init: Initializer = nn.initializers.zeros_init()
 
   @nn.compact
   def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-    """Returns f(x w_in) w_out."""
+    """Returns f(x w_in + bias_in) w_out + bias_out."""
     d = x.shape[-1]
     w_in = self.param(
       "w_gate_up" if self.gated else "w_in",
@@ -53,7 +57,21 @@ class DenseMLP(nn.Module):
       (self.d_hidden, d),
       self.param_dtype,
     )
-    x, w_in, w_out = promote_dtype(x, w_in, w_out, dtype=self.dtype)
+    bias_in = bias_out = None
+    if self.use_bias:
+      bias_in = self.param(
+        "bias_in", self.bias_init, w_in.shape[1:], self.param_dtype
+      )
+      bias_out = self.param("bias_out", self.bias_init, (d,), self.param_dtype)
+    x, w_in, w_out, bias_in, bias_out = promote_dtype(
+      x, w_in, w_out, bias_in, bias_out, dtype=self.dtype
+    )
     activation = get_activation(self.activation, gated=self.gated)
-    h = jnp.matmul(x, w_in, precision=self.precision)
-    return jnp.matmul(activation.apply(h), w_out, precision=self.precision)
+    rows = x.reshape(-1, d)
+    h = jnp.matmul(rows, w_in, precision=self.precision)
+    if bias_in is not None:
+      h += bias_in[None, :]
+    y = jnp.matmul(activation.apply(h), w_out, precision=self.precision)
+    if bias_out is not None:
+      y += bias_out[None, :]
+    return y.reshape(x.shape)

@@ -60,6 +60,8 @@ class SMoEMLP(nn.Module):
     out_kernel_init: of `w_out`; None for `kernel_init`.
     bias_init: of `bias_in`.
     out_bias_init: of `bias_out`; None for `bias_init`.
+    num_chunks: slices of d in which the expanded output is made: less memory
+      at the peak, see `scattermoe_jax.smoe_mlp`.
     implementation: "mosaic", "triton" or "xla"; None for the first that can.
   """
 
@@ -75,6 +77,7 @@ class SMoEMLP(nn.Module):
   out_kernel_init: Initializer | None = None
   bias_init: Initializer = nn.initializers.zeros_init()
   out_bias_init: Initializer | None = None
+  num_chunks: int = 1
   implementation: str | None = None
 
   @nn.compact
@@ -136,6 +139,7 @@ class SMoEMLP(nn.Module):
       bias_in=bias_in,
       bias_out=bias_out,
       activation=self.activation,
+      num_chunks=self.num_chunks,
       precision=self.precision,
       implementation=self.implementation,
     )
@@ -181,6 +185,7 @@ class SMoEBlock(nn.Module):
     router_kernel_init: of the router's kernel (d, E).
     shared_kernel_init: of the shared experts' first matrix, and of their gate.
     shared_out_kernel_init: of their second; None for `shared_kernel_init`.
+    num_chunks: slices of d in which the experts' output is made, see `SMoEMLP`.
     implementation: "mosaic", "triton" or "xla"; None for the first that can.
   """
 
@@ -211,6 +216,7 @@ class SMoEBlock(nn.Module):
   router_kernel_init: Initializer = nn.initializers.lecun_normal()
   shared_kernel_init: Initializer = nn.initializers.lecun_normal()
   shared_out_kernel_init: Initializer | None = None
+  num_chunks: int = 1
   implementation: str | None = None
 
   @nn.compact
@@ -261,6 +267,7 @@ class SMoEBlock(nn.Module):
       kernel_init=self.kernel_init,
       out_kernel_init=self.out_kernel_init,
       bias_init=self.bias_init,
+      num_chunks=self.num_chunks,
       implementation=self.implementation,
       name="experts",
     )(rows, routed.gates, routing)
