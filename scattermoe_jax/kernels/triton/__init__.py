@@ -99,9 +99,7 @@ def scatter2scatter(
     # The rows of no group are one group more, whose tiles are zeroed.
     sizes = routing.group_sizes
     rest = jnp.int32(num_rows) - jnp.sum(sizes, dtype=jnp.int32)
-    tiles = tile_schedule(
-      jnp.append(sizes, rest), num_rows, config.block_m
-    )
+    tiles = tile_schedule(jnp.append(sizes, rest), num_rows, config.block_m)
     return multiply_tiles(
       x,
       w,
@@ -145,6 +143,8 @@ def group_xty(
     config: blocks; by shape and device if None.
     interpret: whether to run in Pallas' interpreter, on any device.
   """
+  if routing.num_rows == 0:
+    return jnp.zeros((routing.num_experts, x.shape[1], y.shape[1]), x.dtype)
   if config is None:
     config = group_xty_config(
       x.shape[1],

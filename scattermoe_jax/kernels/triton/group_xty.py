@@ -26,7 +26,7 @@ def multiply_groups(
   y: Float[Array, "rows_y N"],
   x_rows: Int[Array, " S"] | None,
   y_rows: Int[Array, " S"] | None,
-  offsets: Int[Array, " G+1"],
+  offsets: Int[Array, " ends"],
   *,
   precision: Any,
   config: TritonConfig,

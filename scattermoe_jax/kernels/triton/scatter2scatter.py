@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
@@ -167,7 +168,8 @@ def _contract(
     )
 
   acc = jnp.zeros((config.block_m, config.block_n), jnp.float32)
-  return lax.fori_loop(0, steps, step, acc)
+  # NumPy bounds: Python's would be 64-bit under jax_enable_x64.
+  return lax.fori_loop(np.int32(0), np.int32(steps), step, acc)
 
 
 def _divide(index, by):

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from scattermoe_jax.kernels.config import TileConfig
-
 # Shared memory that one program can have, in KiB, by compute capability. Source:
 # CUDA C programming guide, technical specifications per compute capability.
 _SHARED_KIB = {
@@ -18,15 +16,23 @@ _SHARED_KIB_ELSE = 99
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonConfig(TileConfig):
-  """A `TileConfig` with what Triton wants to know besides.
+class TritonConfig:
+  """The blocks of one launch, and what Triton wants to know besides.
 
   Attributes:
+    block_m: rows of one tile of the output.
+    block_n: columns of one tile of the output.
+    block_k: contraction of one pipeline step.
+    num_stages: pipeline steps in flight.
     num_warps: warps of one program.
     split_k: parts of the contraction, each a program of its own;
       `scatter2scatter` only.
   """
 
+  block_m: int = 128
+  block_n: int = 128
+  block_k: int = 64
+  num_stages: int = 3
   num_warps: int = 4
   split_k: int = 1
 
@@ -76,7 +82,9 @@ def group_xty_config(
   config = TritonConfig(
     max(16, min(128, _power_of_two(d_in))),
     max(16, min(128, _power_of_two(d_out))),
-    64, 3, 4,
+    64,
+    3,
+    4,
   )
   return _fit(config, 64, itemsize, capability)
 

@@ -1,0 +1,117 @@
+"""The Triton kernels lower for every GPU they claim, without one here."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from scattermoe_jax import ops
+from scattermoe_jax.kernels import triton
+from scattermoe_jax.kernels.triton.tiles import TritonConfig
+from scattermoe_jax.routing import route
+
+DEVICES = {
+  "NVIDIA A100-SXM4-80GB": 108,
+  "NVIDIA L4": 58,
+  "NVIDIA H100 80GB HBM3": 132,
+  "NVIDIA B200": 148,
+  "NVIDIA RTX PRO 6000 Blackwell Server Edition": 188,
+}
+TARGET = "__gpu$xla.gpu.triton"
+
+
+def described(kind):
+  """Returns a context in which this JAX compiles for that device."""
+  try:
+    device = jax.sharding.AbstractDevice(kind, DEVICES[kind], "gpu")
+  except TypeError:
+    pytest.skip("this JAX cannot describe a GPU that is not here")
+  mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
+def lowered(f, *shapes):
+  structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+  return (
+    jax.jit(f).trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
+  )
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_mlp_and_its_gradients_lower(kind, dtype):
+  num_tokens, top_k, num_experts, d, n = 256, 4, 8, 600, 104
+
+  def loss(x, gates, w_in, w_out, bias, ids):
+    y = ops.smoe_mlp(
+      x, gates, route(ids, num_experts), w_in, w_out, bias_out=bias,
+      implementation="triton",
+    )  # fmt: skip
+    return jnp.sum(y.astype(jnp.float32))
+
+  with described(kind):
+    text = lowered(
+      jax.grad(loss, argnums=(0, 1, 2, 3, 4)),
+      ((num_tokens, d), dtype),
+      ((num_tokens, top_k), dtype),
+      ((num_experts, d, 2 * n), dtype),
+      ((num_experts, n, d), dtype),
+      ((num_experts, d), dtype),
+      ((num_tokens, top_k), jnp.int32),
+    )
+  # Forward: h. Backward: da', dx, dw_in, dw_out, dbias_out.
+  assert text.count(TARGET) == 6
+
+
+@pytest.mark.parametrize("layout", ["scattered", "grouped"])
+def test_decode_lowers_with_a_split_contraction(layout):
+  config = TritonConfig(16, 128, 64, 4, 4, split_k=4)
+
+  def f(x, w, ids):
+    return triton.scatter2scatter(
+      x, w, route(ids, 128), grouped_out=layout == "grouped", config=config
+    )
+
+  with described("NVIDIA H100 80GB HBM3"):
+    text = lowered(
+      f,
+      ((1, 4096), jnp.bfloat16),
+      ((128, 4096, 2048), jnp.bfloat16),
+      ((1, 8), jnp.int32),
+    )
+  assert text.count(TARGET) == 1
+
+
+def test_precision_decides_tensor_float_32():
+  def text_at(precision):
+    f = lambda x, w, ids: triton.scatter2scatter(
+      x, w, route(ids, 4), precision=precision
+    )
+    with described("NVIDIA A100-SXM4-80GB"):
+      return lowered(
+        f,
+        ((64, 64), jnp.float32),
+        ((4, 64, 64), jnp.float32),
+        ((64, 2), jnp.int32),
+      )
+
+  default, highest = text_at(None), text_at(jax.lax.Precision.HIGHEST)
+  assert default == text_at(jax.lax.Precision.DEFAULT) != highest
+  with jax.default_matmul_precision("highest"):
+    assert text_at(None) == highest
+
+
+def test_offsets_past_two_billion_elements_are_64_bit():
+  # The only difference is the size of w, and with it the width of offsets.
+  def text_of(num_experts):
+    f = lambda x, w, ids: triton.scatter2scatter(
+      x, w, route(ids, num_experts), config=TritonConfig(16, 128, 64, 3, 4)
+    )
+    with described("NVIDIA H100 80GB HBM3"):
+      return lowered(
+        f,
+        ((8, 4096), jnp.bfloat16),
+        ((num_experts, 4096, 4096), jnp.bfloat16),
+        ((8, 2), jnp.int32),
+      )
+
+  assert "i64" in text_of(129)
