@@ -21,6 +21,7 @@ _HELD_OUT = 16
 _SKIPPED_FOLDERS = {
   "__pycache__",
   "dist-packages",
+  "idle_test",
   "node_modules",
   "site-packages",
   "test",

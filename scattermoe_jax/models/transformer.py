@@ -9,6 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from scattermoe_jax.models.config import ModelConfig
@@ -133,7 +134,11 @@ class Layer(nn.Module):
     h = _norm(config, "attention_norm", config.norm_eps)(x)
     if config.attention == "moa":
       h, attention_metrics, cache = self._mixture_of_attention()(
-        h, positions=positions, segment_ids=segment_ids, cache=cache
+        h,
+        positions=positions,
+        segment_ids=segment_ids,
+        cache=cache,
+        deterministic=self.deterministic,
       )
     else:
       attention = Attention(config, self.index, name="attention")
@@ -160,6 +165,7 @@ class Layer(nn.Module):
       num_heads=config.num_kv_heads,
       head_dim=config.head_dim,
       scoring=config.attention_scoring,
+      jitter=config.router_jitter,
       rope_theta=config.rope_theta,
       rope_scaling=config.rope_scaling,
       sliding_window=config.window(self.index),
@@ -271,6 +277,28 @@ class Attention(nn.Module):
     return self.param("sinks", zeros, (config.num_heads,), config.param_dtype)
 
 
+class RMSNorm(nn.Module):
+  """x over the root of its mean square, times a learned scale, in float32.
+
+  Unlike `flax.linen.RMSNorm` it never mixes dtypes.
+  """
+
+  epsilon: float
+  dtype: str
+  param_dtype: str
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """Returns the normed x."""
+    ones = nn.initializers.ones_init()
+    scale = self.param("scale", ones, x.shape[-1:], self.param_dtype)
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    y = x.astype(wide)
+    y *= lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+    scale = scale.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (y * scale).astype(self.dtype)
+
+
 def init_cache(
   config: ModelConfig, batch_size: int, capacity: int
 ) -> tuple[KVCache, ...]:
@@ -287,13 +315,8 @@ def init_cache(
   )
 
 
-def _norm(config: ModelConfig, name: str, eps: float) -> nn.RMSNorm:
-  return nn.RMSNorm(
-    epsilon=eps,
-    dtype=config.dtype,
-    param_dtype=config.param_dtype,
-    name=name,
-  )
+def _norm(config: ModelConfig, name: str, eps: float) -> RMSNorm:
+  return RMSNorm(eps, config.dtype, config.param_dtype, name=name)
 
 
 def _dense(
