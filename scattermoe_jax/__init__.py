@@ -1,5 +1,6 @@
 """Sparse Mixture-of-Experts for JAX: no padding, no grouped copies."""
 
+from scattermoe_jax import nn as nn
 from scattermoe_jax._version import __version__ as __version__
 from scattermoe_jax.kernels import report as report
 from scattermoe_jax.ops import ACTIVATIONS as ACTIVATIONS
