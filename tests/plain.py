@@ -1,11 +1,14 @@
-"""The MLP in plain JAX: every row by every expert, differentiated by JAX.
+"""The same results in plain JAX: every row by every expert, JAX's gradients.
 
-In the dtype under test it is the baseline of the tolerance rule; in float64 its
-gradients are the truth. Nothing here is shared with the package.
+In the dtype under test they are the baseline of the tolerance rule; in float64
+their gradients are the truth. Nothing here is shared with the package.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from tests import oracle
 
 FUNCTIONS = {
   "silu": jax.nn.silu,
@@ -28,9 +31,71 @@ def activate(h, activation, gated):
   return FUNCTIONS[activation](h)
 
 
+def scatter2scatter(
+  x, w, expert_ids, *, bias=None, grouped_in=False, grouped_out=False,
+  transpose_w=False,
+):  # fmt: skip
+  """As the oracle's, in the dtype of x with float32 sums."""
+  num_experts = w.shape[0]
+  if transpose_w:
+    w = w.transpose(0, 2, 1)
+  rows = _scattered(x, expert_ids, num_experts, grouped_in)
+  rows = rows.reshape(*expert_ids.shape, -1)
+  y = linear(rows, w, expert_ids, bias).reshape(-1, w.shape[2])
+  if grouped_out:
+    y = y[oracle.grouped_order(expert_ids, num_experts)]
+  return y
+
+
+def group_xty(
+  x, y, expert_ids, num_experts, *, x_grouped=False, y_grouped=False
+):
+  """As the oracle's, in the dtype of x with float32 sums."""
+  x = _scattered(x, expert_ids, num_experts, x_grouped)
+  y = _scattered(y, expert_ids, num_experts, y_grouped)
+  experts = jnp.arange(num_experts)[:, None]
+  mine = (expert_ids.reshape(1, -1) == experts).astype(x.dtype)
+  return jnp.einsum(
+    "sd,esn->edn", x, mine[:, :, None] * y[None], precision="highest",
+    preferred_element_type=_wide(x.dtype),
+  ).astype(x.dtype)  # fmt: skip
+
+
+def up_projection(x, w, expert_ids, *, bias, activation, gated):
+  """Returns (h, a) in grouped rows."""
+  wide = _wide(x.dtype)
+  h = scatter2scatter(x, w, expert_ids, bias=bias, grouped_out=True)
+  return h, activate(h.astype(wide), activation, gated).astype(x.dtype)
+
+
+def down_projection_grad(dy, w, h, gates, expert_ids, *, activation, gated):
+  """Returns (dh, weighted_a, dgates) in grouped rows, by autodiff."""
+  wide = _wide(h.dtype)
+  order = oracle.grouped_order(expert_ids, w.shape[0])
+  dy_rows = jnp.repeat(dy, expert_ids.shape[1], axis=0)
+
+  def weighted_rows(h, gates):
+    a = activate(h.astype(wide), activation, gated).astype(h.dtype)
+    a_rows = jnp.zeros_like(a).at[order].set(a)
+    y = linear(a_rows.reshape(*expert_ids.shape, -1), w, expert_ids)
+    row_gates = jnp.zeros_like(gates).at[order].set(gates).astype(wide)
+    y = row_gates[:, None] * y.reshape(dy_rows.shape).astype(wide)
+    return y.astype(h.dtype)
+
+  dh, dgates = jax.vjp(weighted_rows, h, gates)[1](dy_rows)
+  a = activate(h.astype(wide), activation, gated)
+  weighted_a = (gates.astype(wide)[:, None] * a).astype(h.dtype)
+  return dh, weighted_a, dgates
+
+
+def _scattered(x, expert_ids, num_experts, grouped):
+  rows = oracle.scattered(np.asarray(x), expert_ids, num_experts, grouped)
+  return jnp.asarray(rows, x.dtype)
+
+
 def linear(rows, w, expert_ids, bias=None):
   """rows (T, k, d) or (T, 1, d) times w[expert_ids]: (T, k, n)."""
-  wide = jnp.promote_types(rows.dtype, jnp.float32)
+  wide = _wide(rows.dtype)
   here = (expert_ids >= 0) & (expert_ids < w.shape[0])
   experts = jnp.where(here, expert_ids, 0)
   products = jnp.einsum(
@@ -50,8 +115,12 @@ def smoe_mlp(
   activation="silu",
 ):  # fmt: skip
   gated = w_in.shape[2] == 2 * w_out.shape[1]
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  wide = _wide(x.dtype)
   h = linear(x[:, None], w_in, expert_ids, bias_in).astype(wide)
   a = activate(h, activation, gated).astype(x.dtype)
   y = linear(a, w_out, expert_ids, bias_out).astype(wide)
   return jnp.sum(gates.astype(wide)[:, :, None] * y, axis=1).astype(x.dtype)
+
+
+def _wide(dtype):
+  return jnp.float64 if dtype == jnp.float64 else jnp.float32

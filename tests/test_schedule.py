@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scattermoe_jax.kernels.schedule import max_tiles, tile_schedule
+from scattermoe_jax.kernels.schedule import (
+  max_tiles,
+  tile_schedule,
+  window_schedule,
+)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -16,10 +20,15 @@ def schedule(group_sizes, num_rows, block_m):
   return tile_schedule(group_sizes, num_rows, block_m)
 
 
-@hypothesis.given(
-  st.sampled_from([1, 8, 128]),
-  st.lists(st.integers(0, 20), min_size=6, max_size=6),
-)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def windows_of(group_sizes, num_rows, block_m, align):
+  return window_schedule(group_sizes, num_rows, block_m, align)
+
+
+GROUP_SIZES = st.lists(st.integers(0, 20), min_size=6, max_size=6)
+
+
+@hypothesis.given(st.sampled_from([1, 8, 128]), GROUP_SIZES)
 def test_tiles_cover_every_row_once(block_m, group_sizes):
   num_rows = 120
   tiles = schedule(jnp.array(group_sizes, jnp.int32), num_rows, block_m)
@@ -44,3 +53,28 @@ def test_the_most_tiles_are_reached_by_short_groups():
   tiles = schedule(jnp.array([1, 1, 1, 13], jnp.int32), 16, 4)
   assert int(tiles.num_tiles) == max_tiles(16, 4, 4) == 7
   assert max_tiles(3, 100, 4) == 3
+
+
+@hypothesis.given(st.sampled_from([(8, 1), (8, 8), (16, 8)]), GROUP_SIZES)
+def test_windows_cover_every_row_once_and_start_aligned(blocks, group_sizes):
+  num_rows, (block_m, align) = 120, blocks
+  windows = windows_of(
+    jnp.array(group_sizes, jnp.int32), num_rows, block_m, align
+  )
+  # Rows of no group are the group after the last.
+  group_sizes = [*group_sizes, num_rows - sum(group_sizes)]
+  expert_of_row = np.repeat(np.arange(7), group_sizes)
+  covered = []
+  num_tiles = int(windows.num_tiles)
+  assert num_tiles <= windows.first_rows.shape[0]
+  for i in range(num_tiles):
+    first = int(windows.first_rows[i])
+    assert first % align == 0
+    begin, end = int(windows.begins[i]), int(windows.ends[i])
+    assert 0 <= begin < end <= block_m
+    rows = range(first + begin, first + end)
+    assert set(expert_of_row[rows]) == {int(windows.expert_ids[i])}
+    covered.extend(rows)
+  assert covered == list(range(num_rows))
+  for unused in (windows.first_rows, windows.begins, windows.ends):
+    assert not np.any(unused[num_tiles:])
