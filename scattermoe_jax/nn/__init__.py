@@ -25,8 +25,11 @@ from scattermoe_jax.nn.smoe import (
   SMoEMLP,
   route_with_metrics,
 )
+from scattermoe_jax.ops import ACTIVATIONS, Activation
 
 __all__ = [
+  "ACTIVATIONS",
+  "Activation",
   "DenseMLP",
   "KVCache",
   "MixtureOfAttention",

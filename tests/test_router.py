@@ -1,0 +1,268 @@
+"""Routers and their losses, against loops in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scattermoe_jax import nn as smnn
+from tests.accuracy import assert_accurate
+
+T, E, K, D = 24, 8, 3, 10
+
+
+def logits(seed=0, shape=(T, E)):
+  return np.random.default_rng(seed).normal(size=shape)
+
+
+def softmax(z):
+  p = np.exp(z - z.max())
+  return p / p.sum()
+
+
+def sigmoid(z):
+  return 1 / (1 + np.exp(-z))
+
+
+def largest(values, k):
+  return sorted(range(len(values)), key=lambda e: -values[e])[:k]
+
+
+def slow_softmax_top_k(z, *, renormalize):
+  rows = []
+  for row in z:
+    probs = softmax(row)
+    ids = largest(probs, K)
+    gates = probs[ids]
+    rows.append((gates / gates.sum() if renormalize else gates, ids, probs))
+  return tuple(np.array(column) for column in zip(*rows, strict=True))
+
+
+def slow_top_k_softmax(z):
+  rows = []
+  for row in z:
+    ids = largest(row, K)
+    rows.append((softmax(row[ids]), ids, softmax(row)))
+  return tuple(np.array(column) for column in zip(*rows, strict=True))
+
+
+def slow_sigmoid(z, bias, num_groups, top_groups, *, renormalize, scale):
+  size = E // num_groups
+  rows = []
+  for row in z:
+    scores = sigmoid(row)
+    biased = scores + bias
+    groups = [biased[g * size : (g + 1) * size] for g in range(num_groups)]
+    best = largest([sum(sorted(g)[-2:]) for g in groups], top_groups)
+    is_open = [e for e in range(E) if e // size in best]
+    ids = sorted(is_open, key=lambda e: -biased[e])[:K]
+    gates = scores[ids]
+    if renormalize:
+      gates = gates / gates.sum()
+    rows.append((gates * scale, ids, scores / scores.sum()))
+  return tuple(np.array(column) for column in zip(*rows, strict=True))
+
+
+def assert_routed(got, expected):
+  for name, a, b in zip(("gates", "ids", "probs"), got, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_softmax_then_top_k_equals_its_definition(x64, renormalize):
+  z = logits()
+  got = smnn.softmax_then_top_k(jnp.asarray(z), K, renormalize=renormalize)
+  assert_routed(got, slow_softmax_top_k(z, renormalize=renormalize))
+
+
+def test_top_k_then_softmax_equals_its_definition(x64):
+  z = logits()
+  got = smnn.top_k_then_softmax(jnp.asarray(z), K)
+  assert_routed(got, slow_top_k_softmax(z))
+  renormalized = smnn.softmax_then_top_k(jnp.asarray(z), K, renormalize=True)
+  assert_routed(got, renormalized)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2), (2, 1), (8, 3)])
+def test_sigmoid_top_k_equals_its_definition(x64, groups, renormalize):
+  # Biases below -1 make every ranking negative: a closed group masked with
+  # zero would then win.
+  z, bias = logits(), logits(1, (E,)) - 1.5
+  got = smnn.sigmoid_top_k(
+    jnp.asarray(z),
+    K,
+    selection_bias=jnp.asarray(bias),
+    num_groups=groups[0],
+    top_groups=groups[1],
+    renormalize=renormalize,
+    scale=2.5,
+  )
+  expected = slow_sigmoid(z, bias, *groups, renormalize=renormalize, scale=2.5)
+  assert_routed(got, expected)
+
+
+def test_selection_bias_has_no_gradient(x64):
+  def total_gate(bias):
+    gates, _, _ = smnn.sigmoid_top_k(
+      jnp.asarray(logits()), K, selection_bias=bias
+    )
+    return jnp.sum(gates**2)
+
+  assert not np.any(jax.grad(total_gate)(jnp.asarray(logits(1, (E,)))))
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"num_groups": 3}, "num_groups = 3 must divide E = 8"),
+    ({"num_groups": 4, "top_groups": 5}, r"lie in \[1, num_groups\], got 5"),
+    ({"num_groups": 4, "top_groups": 1}, "k = 3 experts .* leave only 2 open"),
+  ],
+)
+def test_sigmoid_top_k_refuses_groups_that_cannot_be(options, message):
+  with pytest.raises(ValueError, match=message):
+    smnn.sigmoid_top_k(jnp.asarray(logits(), jnp.float32), K, **options)
+
+
+def test_update_selection_bias_lifts_the_idle():
+  bias = jnp.zeros((2, 4))
+  load = jnp.array([[0, 4, 2, 2], [5, 1, 1, 1]])
+  new = smnn.update_selection_bias(bias, load, rate=0.5)
+  np.testing.assert_array_equal(
+    new, [[0.5, -0.5, 0.0, 0.0], [-0.5, 0.5, 0.5, 0.5]]
+  )
+
+
+def test_load_balancing_loss_is_k_at_perfect_balance(x64):
+  probs = jnp.full((T, E), 1 / E)
+  even = jnp.full((E,), T * K // E)
+  np.testing.assert_allclose(smnn.load_balancing_loss(probs, even), K)
+
+
+def test_load_balancing_loss_equals_its_definition(x64):
+  z = logits()
+  _, ids, probs = slow_softmax_top_k(z, renormalize=False)
+  mask = np.arange(T) % 3 != 0
+  f, p = np.zeros(E), np.zeros(E)
+  for t in np.flatnonzero(mask):
+    for e in ids[t]:
+      f[e] += 1 / mask.sum()
+    p += probs[t] / mask.sum()
+  counts = jnp.asarray(f * mask.sum())
+  got = smnn.load_balancing_loss(
+    jnp.asarray(probs), counts, mask=jnp.asarray(mask)
+  )
+  np.testing.assert_allclose(got, E * np.sum(f * p), rtol=1e-12)
+
+
+def test_z_loss_equals_its_definition(x64):
+  z, mask = logits(), np.arange(T) < 5
+  squares = np.log(np.exp(z).sum(axis=1)) ** 2
+  np.testing.assert_allclose(
+    smnn.router_z_loss(jnp.asarray(z)), squares.mean(), rtol=1e-12
+  )
+  np.testing.assert_allclose(
+    smnn.router_z_loss(jnp.asarray(z), mask=jnp.asarray(mask)),
+    squares[mask].mean(),
+    rtol=1e-12,
+  )
+  zeros = jnp.zeros((T, E))
+  np.testing.assert_allclose(smnn.router_z_loss(zeros), np.log(E) ** 2)
+
+
+def test_losses_of_no_token_are_zero_with_zero_gradients():
+  none = jnp.zeros((T,), bool)
+
+  def losses(z):
+    probs = jax.nn.softmax(z)
+    counts = jnp.zeros((E,), jnp.int32)
+    balance = smnn.load_balancing_loss(probs, counts, mask=none)
+    return balance + smnn.router_z_loss(z, mask=none)
+
+  value, dz = jax.value_and_grad(losses)(jnp.asarray(logits(), jnp.float32))
+  assert value == 0 and not np.any(dz)
+
+
+RULES = {
+  "softmax_top_k": lambda z: slow_softmax_top_k(z, renormalize=False),
+  "softmax_top_k_renormalized": lambda z: slow_softmax_top_k(
+    z, renormalize=True
+  ),
+  "top_k_softmax": slow_top_k_softmax,
+  "sigmoid": lambda z: slow_sigmoid(
+    z, 0, 1, 1, renormalize=True, scale=1
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scoring", RULES)
+def test_router_applies_its_rule_to_its_logits(x64, scoring):
+  router = smnn.Router(
+    E, K, scoring, use_bias=True, scale=2.0,
+    bias_init=jax.nn.initializers.normal(1.0), param_dtype=jnp.float64,
+  )  # fmt: skip
+  x = jnp.asarray(logits(2, (T, D)))
+  out, params = router.init_with_output(jax.random.key(0), x)
+  kernel, bias = params["params"]["kernel"], params["params"]["bias"]
+  z = np.asarray(x) @ np.asarray(kernel) + np.asarray(bias)
+  assert_accurate(out.logits, z, x @ kernel + bias[None])
+  gates, ids, probs = RULES[scoring](z)
+  assert_routed((out.gates, out.expert_ids, out.probs), (2 * gates, ids, probs))
+
+
+def test_router_logits_are_float32_whatever_the_dtype():
+  x = jnp.asarray(logits(2, (T, D)), jnp.bfloat16)
+  router = smnn.Router(E, K, param_dtype=jnp.bfloat16)
+  out, params = router.init_with_output(jax.random.key(0), x)
+  kernel = params["params"]["kernel"]
+  assert kernel.dtype == jnp.bfloat16
+  assert all(a.dtype == jnp.float32 for a in (out.logits, out.gates, out.probs))
+  # The operands are rounded, their product is not.
+  exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+  wide = x.astype(jnp.float32), kernel.astype(jnp.float32)
+  assert_accurate(out.logits, exact, jnp.matmul(*wide, precision="highest"))
+
+
+def test_router_adds_its_selection_bias_to_the_choice_alone():
+  x = jnp.asarray(logits(2, (T, D)), jnp.float32)
+  router = smnn.Router(E, K, "sigmoid", use_selection_bias=True)
+  variables = router.init(jax.random.key(0), x)
+  state = variables["router_state"]["selection_bias"]
+  assert state.shape == (E,) and not np.any(state)
+  favoured = {"selection_bias": state.at[5].set(10.0)}
+  out = router.apply({**variables, "router_state": favoured}, x)
+  assert np.all(out.expert_ids[:, 0] == 5)
+  scores = jax.nn.sigmoid(jnp.take_along_axis(out.logits, out.expert_ids, 1))
+  np.testing.assert_allclose(
+    out.gates, scores / scores.sum(axis=1, keepdims=True), rtol=1e-6
+  )
+
+
+def test_jitter_scales_the_input_in_training_alone():
+  x = jnp.ones((T, D))
+  router = smnn.Router(E, K, jitter=0.1, kernel_init=jax.nn.initializers.ones)
+  params = router.init(jax.random.key(0), x)
+  calm = router.apply(params, x)
+  np.testing.assert_allclose(calm.logits, D)
+  noisy = router.apply(
+    params, x, deterministic=False, rngs={"router": jax.random.key(1)}
+  )
+  assert np.all(np.abs(noisy.logits - D) <= 0.1 * D)
+  assert noisy.logits.min() < D < noisy.logits.max()
+  assert len(np.unique(noisy.logits[:, 0])) == T
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"top_k": 9}, r"top_k must lie in \[1, num_experts = 8\], got 9"),
+    ({"scoring": "best"}, "scoring must be one of .*got 'best'"),
+    ({"num_groups": 2}, "need scoring='sigmoid'"),
+    ({"use_selection_bias": True}, "need scoring='sigmoid'"),
+  ],
+)
+def test_router_refuses_fields_that_cannot_be(unchecked, fields, message):
+  router = smnn.Router(**{"num_experts": E, "top_k": K, **fields})
+  with pytest.raises(ValueError, match=message):
+    router.init(jax.random.key(0), jnp.ones((T, D)))
