@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-_IMPLEMENTATION_VARIABLE = "SCATTERMOE_JAX_IMPLEMENTATION"
+IMPLEMENTATION_VARIABLE = "SCATTERMOE_JAX_IMPLEMENTATION"
 _TRITON = "The Pallas Triton backend is deprecated"
 
 # Compute capability by the names that an AbstractDevice carries (a device that
@@ -20,12 +20,15 @@ _TRITON = "The Pallas Triton backend is deprecated"
 _CAPABILITY_OF_KIND = (
   ("T4", (7, 5)),
   ("A100", (8, 0)),
+  ("A10", (8, 6)),
   ("L40", (8, 9)),
   ("L4", (8, 9)),
   ("H100", (9, 0)),
   ("H200", (9, 0)),
   ("B200", (10, 0)),
+  ("B300", (10, 3)),
   ("RTX PRO 6000 Blackwell", (12, 0)),
+  ("RTX 4090", (8, 9)),
   ("RTX 5090", (12, 0)),
 )
 
@@ -81,7 +84,7 @@ def _abstract_device():
 
 def requested_implementation() -> str | None:
   """Returns SCATTERMOE_JAX_IMPLEMENTATION, the user's override, or None."""
-  return os.environ.get(_IMPLEMENTATION_VARIABLE) or None
+  return os.environ.get(IMPLEMENTATION_VARIABLE) or None
 
 
 def varying_axes(*arrays: Any) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """Which backend runs a problem, and why not another."""
 
+import difflib
 import functools
 import importlib
 import warnings
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from scattermoe_jax._compat import (
+  IMPLEMENTATION_VARIABLE,
   Device,
   current_device,
   requested_implementation,
@@ -17,6 +19,10 @@ from scattermoe_jax._compat import (
 
 # In the order in which they are tried.
 IMPLEMENTATIONS = ("mosaic", "triton", "xla")
+
+# Up to so many rows per expert a product waits for its weights alone, and small
+# tiles with many loads in flight read them faster: Triton's before Mosaic's.
+FEW_ROWS_PER_EXPERT = 32
 
 
 class Problem(NamedTuple):
@@ -45,6 +51,13 @@ def accumulator_dtype(dtype) -> jnp.dtype:
   return wide if jnp.dtype(dtype).itemsize < wide.itemsize else jnp.dtype(dtype)
 
 
+def preference(problem: Problem) -> tuple[str, ...]:
+  """Returns the implementations in the order in which to try them."""
+  if problem.num_rows <= FEW_ROWS_PER_EXPERT * problem.num_experts:
+    return ("triton", "mosaic", "xla")
+  return IMPLEMENTATIONS
+
+
 def choose_backend(
   problems: Sequence[Problem], implementation: str | None = None
 ) -> ModuleType:
@@ -56,7 +69,8 @@ def choose_backend(
   Args:
     problems: the products.
     implementation: a name in `IMPLEMENTATIONS`; None for the environment
-      variable SCATTERMOE_JAX_IMPLEMENTATION, else the first that can.
+      variable SCATTERMOE_JAX_IMPLEMENTATION, else the first that can, in the
+      order of `preference`.
 
   Returns:
     The backend, a module.
@@ -65,23 +79,15 @@ def choose_backend(
     ValueError: if `implementation` is not a name of a backend.
     NotImplementedError: if the backend that was asked for cannot run them.
   """
-  implementation = implementation or requested_implementation()
+  requested = requested_implementation()
   if implementation is not None:
-    if implementation not in IMPLEMENTATIONS:
-      raise ValueError(
-        f"implementation must be one of {IMPLEMENTATIONS} or None, got "
-        f"{implementation!r}."
-      )
-    reason = _reason_against(implementation, problems)
-    if reason is not None:
-      raise NotImplementedError(
-        f"implementation={implementation!r} cannot run this: {reason}"
-      )
-    return _load(implementation)
+    return _named(implementation, f"{implementation=}", problems)
+  if requested is not None:
+    return _named(requested, f"{IMPLEMENTATION_VARIABLE}={requested}", problems)
 
   reasons = {}
-  for name in IMPLEMENTATIONS:
-    reason = _reason_against(name, problems)
+  for name in preference(problems[0]):
+    reason = reason_against(name, problems)
     if reason is None:
       if name == "xla" and problems[0].device.platform == "gpu":
         _warn_once(tuple(reasons.items()))
@@ -94,10 +100,11 @@ def choose_backend(
 
 
 def report(problem: Problem | None = None) -> str:
-  """Returns, in a few lines, which backend would run here and why.
+  """Returns, in a few lines, which backend would run a product and why.
 
   Args:
-    problem: the product asked about; a bfloat16 one of common size if None.
+    problem: the product asked about; a bfloat16 one of common size, on the
+      device that is here, if None.
 
   Example:
     >>> print(report().splitlines()[0][:6])
@@ -106,21 +113,56 @@ def report(problem: Problem | None = None) -> str:
   problem = problem or Problem(
     65536, 64, 2048, 1024, "bfloat16", current_device()
   )
-  lines = [f"device: {problem.device.kind} ({problem.device.platform})"]
+  device = problem.device
+  lines = [
+    f"device: {device.kind} ({device.platform}"
+    + (
+      f", compute capability {'.'.join(map(str, device.capability))})"
+      if device.capability
+      else ")"
+    ),
+    f"product: S = {problem.num_rows} rows to E = {problem.num_experts} "
+    f"experts, {problem.d_in} -> {problem.d_out}, {problem.dtype}",
+  ]
+  requested = requested_implementation()
+  if requested is not None:
+    lines.append(f"{IMPLEMENTATION_VARIABLE}={requested} decides")
   chosen = False
-  for name in IMPLEMENTATIONS:
-    reason = _reason_against(name, [problem])
+  for name in preference(problem):
+    reason = reason_against(name, [problem])
+    runs = not chosen if requested is None else name == requested
     if reason is not None:
-      lines.append(f"{name}: no; {reason}")
-    elif chosen:
-      lines.append(f"{name}: can")
+      lines.append(f"{name}: cannot; {reason}")
     else:
-      lines.append(f"{name}: runs")
+      lines.append(f"{name}: " + ("runs" if runs else "can"))
       chosen = True
   return "\n".join(lines)
 
 
-def _reason_against(name: str, problems: Sequence[Problem]) -> str | None:
+def _named(name: str, request: str, problems: Sequence[Problem]) -> ModuleType:
+  """Returns the backend of that name; `request` is how the user asked."""
+  if name not in IMPLEMENTATIONS:
+    close = difflib.get_close_matches(name, IMPLEMENTATIONS, n=1)
+    raise ValueError(
+      f"{request}: not one of {', '.join(IMPLEMENTATIONS)}"
+      + (f"; did you mean {close[0]!r}?" if close else ".")
+    )
+  reason = reason_against(name, problems)
+  if reason is not None:
+    others = [
+      other
+      for other in IMPLEMENTATIONS
+      if other != name and reason_against(other, problems) is None
+    ]
+    raise NotImplementedError(
+      f"{request} cannot run this: {reason}. "
+      + (f"Here {' and '.join(others)} can; None chooses." if others else "")
+    )
+  return _load(name)
+
+
+def reason_against(name: str, problems: Sequence[Problem]) -> str | None:
+  """Returns why the backend of that name cannot run all of them, or None."""
   backend = _load(name)
   for problem in problems:
     reason = backend.check(problem)

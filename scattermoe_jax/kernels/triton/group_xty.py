@@ -3,9 +3,9 @@
 # M = d, N = n, K = rows of one expert, G = E
 
 A program owns one tile of xty[e], (block_m, block_n), and walks the expert's
-rows, block_k at a time, so no two programs add to the same place. Either operand
-is gathered as it is loaded. An expert without rows takes no step and stores
-zeros. Source: ScatterMoE (Tan et al., 2024), groupXtY.
+rows, block_k at a time, so no two programs add to the same place. Either
+operand is gathered as it is loaded. An expert without rows takes no step and
+stores zeros. Source: ScatterMoE (Tan et al., 2024), groupXtY.
 """
 
 import functools

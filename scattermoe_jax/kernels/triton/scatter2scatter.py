@@ -2,12 +2,12 @@
 
 # M = S rows, K = d, N = n, G = E
 
-#            N ->                    A program multiplies one tile: block_m rows of
-#   rows  +--------+--------+        one expert by block_n columns, over the whole
-#    e=0  | 0,0    | 0,1    |        contraction or, where tiles are too few to fill
-#    e=0  | 1,0    | 1,1    | short  the device, over one of split_k parts of it.
-#    e=2  | 2,0    | 2,1    |        Programs of absent tiles return at once.
-#   none  | 3,0    | 3,1    | zeros
+#            N ->                    A program multiplies one tile: block_m rows
+#   rows  +--------+--------+        of one expert by block_n columns, over the
+#    e=0  | 0,0    | 0,1    |        whole contraction or, where tiles are too
+#    e=0  | 1,0    | 1,1    | short  few to fill the device, over one of split_k
+#    e=2  | 2,0    | 2,1    |        parts of it. Programs of absent tiles return
+#   none  | 3,0    | 3,1    | zeros  at once.
 
 Rows are gathered as they are loaded and, where asked, scattered as they are
 stored. Source: ScatterMoE (Tan et al., 2024), scatter2scatter. Its Triton

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-# Shared memory that one program can have, in KiB, by compute capability. Source:
-# CUDA C programming guide, technical specifications per compute capability.
+# Shared memory that one program can have, in KiB, by compute capability.
+# Source: CUDA C programming guide, technical specifications.
 _SHARED_KIB = {
   (8, 0): 163,
   (8, 7): 163,

@@ -1,0 +1,137 @@
+"""Which backend runs what, what the user may say about it, and what is said."""
+
+import importlib.util
+import pathlib
+import warnings
+
+import jax
+import pytest
+
+from scattermoe_jax import _compat, ops
+from scattermoe_jax.kernels import (
+  Problem,
+  choose_backend,
+  contract,
+  mosaic,
+  report,
+  triton,
+  xla,
+)
+from scattermoe_jax.routing import route
+
+CPU = _compat.Device("cpu", "cpu")
+T4 = _compat.Device("gpu", "Tesla T4", (7, 5), 40)
+A100 = _compat.Device("gpu", "NVIDIA A100", (8, 0), 108)
+H200 = _compat.Device("gpu", "NVIDIA H200", (9, 0), 132)
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+
+
+def problem(device, dtype="bfloat16", num_rows=65536, d_out=1024):
+  return Problem(num_rows, 64, 2048, d_out, dtype, device)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+  monkeypatch.delenv(_compat.IMPLEMENTATION_VARIABLE, raising=False)
+  contract._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+  "asked, backend",
+  [
+    (problem(CPU), xla),
+    (problem(A100), triton),
+    (problem(A100, "float32"), triton),
+    (problem(A100, d_out=100), triton),
+    (problem(H200, "float32"), triton),
+    (problem(H200, d_out=100), triton),
+    (problem(H200, num_rows=64), triton),
+  ],
+)
+def test_the_first_that_can_runs(asked, backend):
+  assert choose_backend([asked]) is backend
+
+
+def test_hopper_runs_mosaic_where_jax_can():
+  if reason := mosaic.check(problem(H200)):
+    pytest.skip(reason)
+  assert choose_backend([problem(H200)]) is mosaic
+
+
+def test_one_backend_runs_forward_and_backward():
+  backward = problem(A100, "float64")
+  with pytest.warns(UserWarning, match="float64"):
+    assert choose_backend([problem(A100), backward]) is xla
+
+
+def test_falling_back_on_a_gpu_warns_once_with_the_reason():
+  with pytest.warns(UserWarning, match=r"slow.*7\.5"):
+    assert choose_backend([problem(T4)]) is xla
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    assert choose_backend([problem(T4)]) is xla
+    assert choose_backend([problem(CPU)]) is xla
+
+
+def test_a_name_overrides():
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")  # who asks for xla needs no warning
+    assert choose_backend([problem(A100)], "xla") is xla
+
+
+def test_the_environment_overrides_and_the_argument_goes_before_it(monkeypatch):
+  monkeypatch.setenv(_compat.IMPLEMENTATION_VARIABLE, "xla")
+  assert choose_backend([problem(A100)]) is xla
+  assert choose_backend([problem(A100)], "triton") is triton
+
+
+def test_a_misspelt_name_is_told_the_right_one(monkeypatch):
+  with pytest.raises(ValueError, match="'tritn'.*did you mean 'triton'"):
+    choose_backend([problem(CPU)], "tritn")
+  monkeypatch.setenv(_compat.IMPLEMENTATION_VARIABLE, "cuda")
+  with pytest.raises(ValueError, match="IMPLEMENTATION=cuda.*mosaic, triton"):
+    choose_backend([problem(CPU)])
+
+
+def test_a_named_backend_that_cannot_says_why_and_who_can():
+  with pytest.raises(
+    NotImplementedError, match="implementation='triton' cannot.*cpu.*xla can"
+  ):
+    choose_backend([problem(CPU)], "triton")
+
+
+def test_ops_pass_the_name_on():
+  ids = jax.numpy.zeros((2, 1), jax.numpy.int32)
+  x, w = jax.numpy.ones((2, 4)), jax.numpy.ones((3, 4, 5))
+  with pytest.raises(NotImplementedError, match="triton"):
+    ops.parallel_linear(x, w, route(ids, 3), implementation="triton")
+
+
+def test_report_says_what_runs_and_why_not():
+  assert report(problem(A100)).splitlines() == [
+    "device: NVIDIA A100 (gpu, compute capability 8.0)",
+    "product: S = 65536 rows to E = 64 experts, 2048 -> 1024, bfloat16",
+    f"mosaic: cannot; {mosaic.check(problem(A100))}",
+    "triton: runs",
+    "xla: can",
+  ]
+
+
+def test_report_names_the_override(monkeypatch):
+  monkeypatch.setenv(_compat.IMPLEMENTATION_VARIABLE, "xla")
+  lines = report(problem(A100)).splitlines()
+  assert "SCATTERMOE_JAX_IMPLEMENTATION=xla decides" in lines
+  assert lines[-2:] == ["triton: can", "xla: runs"]
+
+
+def test_the_table_in_the_docs_is_what_the_code_answers():
+  if reason := mosaic.check(problem(H200)):
+    pytest.skip(f"the table is for the newest JAX: {reason}")
+  spec = importlib.util.spec_from_file_location(
+    "make_dispatch", DOCS / "make_dispatch.py"
+  )
+  make_dispatch = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(make_dispatch)
+  assert (DOCS / "dispatch.md").read_text() == make_dispatch.table(), (
+    "run: python docs/make_dispatch.py"
+  )
