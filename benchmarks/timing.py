@@ -2,8 +2,8 @@
 
 Device time: a sample is many calls dispatched without waiting, between two
 waits, divided by their number, so that Python's own time hides behind the
-device's. Variants take turns, sample by sample: clocks and temperature drift,
-and a card at its power limit drifts most, but they drift for all alike.
+device's. Variants take turns, sample by sample and in a shuffled order: clocks
+drift, and a card at its power limit drifts most, but for all of them alike.
 
 Caches: calls follow one another, so an operand smaller than the L2 cache (50 MB
 on an H200) is found there. Where the caller would find it cold, pass `flush`.
@@ -13,6 +13,7 @@ import datetime
 import json
 import pathlib
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -66,9 +67,12 @@ def time_interleaved(
     for name, call in variants.items()
   }
   taken: dict[str, list[float]] = {name: [] for name in variants}
+  # In a new order each round: what ran before decides how hot the card is.
+  order, turns = list(variants), random.Random(0)
   for _ in range(samples):
-    for name, call in variants.items():
-      taken[name].append(_sample(call, calls[name]))
+    turns.shuffle(order)
+    for name in order:
+      taken[name].append(_sample(variants[name], calls[name]))
   idle = statistics.median(taken.pop("flush")) if flush else 0.0
   return {name: _summary(times, idle) for name, times in taken.items()}
 

@@ -1,6 +1,7 @@
-"""64 rows at a time into shared memory by cp.async, zero where there is none.
+"""What `grouped_xty` needs of a warpgroup and Pallas has no primitive for.
 
-For a contraction over rows: what lies past the group's end must be zero in both
+64 rows at a time into shared memory by cp.async, zero where there is none. For
+a contraction over rows, what lies past the group's end must be zero in both
 operands. A warpgroup's thread t of warp w holds the id of row 16 w + t % 16 of
 the step, -1 for no row; then warp w copies those 16 rows, its lanes side by
 side along a row, 16 bytes each, and cp.async writes zeros where told to read
@@ -10,12 +11,16 @@ none:
     row r  [16 B] [16 B] ... block columns      in tiles of 8 rows by 64 columns
                                                 (see `layouts`).
 
-The interpreter cannot run these; tests exchange them (see `group_xty.build`).
+And numbers drawn from a counter that all blocks share (`tickets`).
+
+The interpreter cannot run these; tests exchange them (`ops` in `grouped_xty`).
 """
 
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm
+from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from scattermoe_jax.kernels.mosaic import layouts as lt
 
@@ -137,6 +142,38 @@ def commit():
 
 
 wait = lt.wait_async_copies
+
+
+def new_counter():
+  """Returns a counter in global memory, zero when the kernel starts."""
+  return pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+
+def increment(counter, ring, place, turn) -> None:
+  """Writes the counter's next number to ring[place].
+
+  The interpreter, which has no counter that blocks share, deals by `turn`
+  instead: how many numbers this block has drawn before.
+  """
+  del turn
+
+  @plgpu.inline_mgpu(
+    arg_types=(plgpu.RefType(), plgpu.RefType(), lt.SCALAR),
+  )
+  def add(_, counter, ring, place):
+    first = arith.cmpi(arith.CmpIPredicate.eq, lt.thread_index(), lt.const(0))
+    with mgpu_utils.when(first):
+      number = llvm.atomicrmw(
+        llvm.AtomicBinOp.add,
+        mgpu_utils.memref_ptr(counter),
+        lt.const(1),
+        llvm.AtomicOrdering.monotonic,
+      )
+      offset = arith.muli(lt.scalar(place), lt.const(4))
+      llvm.store(number, lt.at_byte(lt.shared_pointer(ring), offset))
+    return ()
+
+  add(counter, ring, place)
 
 
 def _my_row(first_row, group_first, group_end):

@@ -1,0 +1,350 @@
+"""dw[e] = x_e^T y_e on Hopper: one persistent kernel, rows gathered on load.
+
+A tile is 128 columns of one operand (left) by up to 256 of the other (right),
+of one expert, contracted over that expert's rows, 64 a step:
+
+       rows of e, 64 a step           right: 256 columns
+      +----+----+----+-  -+          +----------------+   Two warpgroups hold
+      |0///|////|////|  /0|   left:  |  warpgroup 0   |   64 of the 128 rows
+      |0///|////|////|  /0|   128    |----------------|   each, in registers;
+      +----+----+----+-  -+          |  warpgroup 1   |   a third only loads.
+       0: zero, outside of e         +----------------+
+
+Gathered rows come by cp.async, which zero-fills rows outside of the group;
+grouped rows by TMA, but in the first and the last step of a group by cp.async
+too: TMA would load a neighbour's rows, and zero times its NaN would be NaN.
+The gathered operand wants the narrow side, where it is a third of the loads. If
+that is y, the tile is one of the transpose, and is transposed when stored.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from scattermoe_jax._compat import current_device, output_struct
+from scattermoe_jax.kernels import tuning
+from scattermoe_jax.kernels.config import TileConfig
+from scattermoe_jax.kernels.contract import Problem
+from scattermoe_jax.kernels.mosaic import layouts as lt
+from scattermoe_jax.kernels.mosaic import tickets, warpgroup_ops
+from scattermoe_jax.kernels.mosaic.xty_tiles import (
+  BLOCK_LEFT,
+  Plan,
+  Tile,
+  columns,
+  make_plan,
+  ordered_groups,
+  tile_at,
+)
+from scattermoe_jax.routing import Routing, input_rows
+
+# M = columns of left, N = columns of right, K = rows of one expert, G = E
+
+_ROWS = warpgroup_ops.ROWS
+_PART_LEFT = BLOCK_LEFT // 2
+
+
+def group_xty(
+  x: Float[Array, "rows_x d"],
+  y: Float[Array, "rows_y n"],
+  routing: Routing,
+  *,
+  x_grouped: bool = False,
+  y_grouped: bool = False,
+  config: TileConfig | None = None,
+  ops: Any = warpgroup_ops,
+) -> Float[Array, "E d n"]:
+  """Returns xty[e] = x_e^T y_e over the rows of expert e.
+
+  Args:
+    x: (T, d) or (S, d) scattered, or (S, d) if `x_grouped`.
+    y: (T, n) or (S, n) scattered, or (S, n) if `y_grouped`.
+    routing: the routing.
+    x_grouped: whether x is in grouped order.
+    y_grouped: whether y is.
+    config: block_m columns of x and block_n of y: one of them 128, the other
+      64, 128 or 256; num_stages steps of 64 rows in flight; num_sms blocks.
+    ops: what Pallas has no primitive for: the module `warpgroup_ops`, or for
+      the interpreter, which cannot run it, the like of it.
+  """
+  num_experts, num_rows = routing.num_experts, routing.num_rows
+  shape = (num_experts, x.shape[1], y.shape[1])
+  if num_rows == 0 or 0 in shape:
+    return jnp.zeros(shape, x.dtype)
+  if config is None:
+    config = _tuned(x, y, routing, x_grouped, y_grouped)
+  plan = make_plan(x, y, routing, x_grouped, y_grouped, config)
+  sides = [
+    (operand, input_rows(routing, operand.shape[0], grouped=False))
+    for operand in ((y, x) if plan.transposed else (x, y))
+  ]
+  out = output_struct(shape, x.dtype, x, y, routing)
+  return _kernel(plan, out, ops)(*sides, ordered_groups(routing))
+
+
+def _tuned(x, y, routing, x_grouped: bool, y_grouped: bool) -> TileConfig:
+  gathered_y = x_grouped and not y_grouped
+  problem = Problem(
+    routing.num_rows,
+    routing.num_experts,
+    x.shape[1],
+    y.shape[1],
+    str(x.dtype),
+    current_device(),
+  )
+  op = "group_xty_gathered_y" if gathered_y else "group_xty_gathered_x"
+  return tuning.tuned_config(op, problem)
+
+
+def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
+  """Returns the launch: ((left, ids), (right, ids), groups) -> xty."""
+  stages = plan.config.num_stages
+  return plgpu.kernel(
+    functools.partial(_body, plan, ops),
+    out_type=out,
+    scratch_types=dict(
+      left_smem=plgpu.SMEM(
+        (stages, _ROWS, plan.left.block),
+        plan.dtype,
+        transforms=lt.OPERAND,
+      ),
+      right_smem=plgpu.SMEM(
+        (stages, _ROWS, plan.right.block),
+        plan.dtype,
+        transforms=lt.OPERAND,
+      ),
+      out_smem=plgpu.SMEM(
+        (2, 2, _PART_LEFT, lt.COLUMNS),
+        plan.dtype,
+        transforms=_store_transforms(out.shape[2]),
+      ),
+      full=plgpu.Barrier(
+        num_arrivals=1 + plan.left.by_tma + plan.right.by_tma,
+        num_barriers=stages,
+      ),
+      empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      **tickets.scratch_types(readers=2),
+    ),
+    grid=(plan.config.num_sms,),
+    grid_names=("block",),
+    num_threads=3,
+    thread_name="warpgroup",
+    kernel_name="group_xty",
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+      unsafe_no_auto_barriers=True,
+    ),
+  )
+
+
+def _store_transforms(width: int):
+  # TMA wants whole tiles of the output too; narrower ones for odd widths.
+  cols = next(c for c in (64, 32, 16, 8) if width % c == 0)
+  tiling = plgpu.TilingTransform((8, cols))
+  if cols == 8:
+    return (tiling,)
+  return (tiling, plgpu.SwizzleTransform(2 * cols))
+
+
+def _body(plan, ops, left, right, groups, out, **scratch):
+  """One block: a loader and two multipliers, each walking the same tiles."""
+  warpgroup = lax.axis_index("warpgroup")
+  queue = tickets.Queue(*(scratch.pop(k) for k in ("ring", "drawn", "taken")))
+
+  @pl.when(warpgroup == 2)
+  def _():
+    plgpu.set_max_registers(72, action="decrease")
+    _load_tiles(plan, ops, queue, groups, left, right, scratch)
+
+  @pl.when(warpgroup < 2)
+  def _():
+    plgpu.set_max_registers(216, action="increase")
+    _multiply_tiles(plan, queue, groups, warpgroup, out, scratch)
+
+
+def _load_tiles(plan, ops, queue, groups, left, right, scratch):
+  """Fills a ring of stages with the steps of all tiles, one after another."""
+  stages, lag = plan.config.num_stages, plan.lag
+  full, empty = scratch["full"], scratch["empty"]
+  sides = (
+    (plan.left, *left, scratch["left_smem"]),
+    (plan.right, *right, scratch["right_smem"]),
+  )
+  counter = ops.new_counter()
+  draw = functools.partial(queue.draw, counter=counter, increment=ops.increment)
+
+  def tile(i) -> Tile:
+    return tile_at(plan, groups, queue.read(i))
+
+  def row_ids(t: Tile, k):
+    """Ids of the rows of step k, for the operands that read them."""
+    first_row = t.start + k * _ROWS
+    return tuple(
+      ops.load_ids(ids, first_row, t.first, t.end) if side.gathered else ()
+      for side, _, ids, _ in sides
+    )
+
+  def load_tile(carry):
+    i, step, t, ids, after = carry
+    # Ids a tile ahead, its group's rows two: nobody waits for their latency.
+    draw(i + tickets.AHEAD)
+    next_ids, after_next = row_ids(after, 0), tile(i + 2)
+
+    def load_step(k, carry):
+      step, ids = carry
+      slot = lax.rem(step, stages)
+      next_ids = row_ids(t, k + 1)
+
+      # Wait until both multipliers are done with what was in this slot.
+      @pl.when(step >= stages)
+      def _():
+        plgpu.barrier_wait(empty.at[slot])
+
+      for side, col, my_ids in zip(sides, columns(plan, t), ids, strict=True):
+        _load_step(ops, side, t, k, col, my_ids, slot, full)
+      ops.commit()
+
+      @pl.when(step >= lag)
+      def _():
+        ops.wait(lag)
+        plgpu.barrier_arrive(full.at[lax.rem(step - lag, stages)])
+
+      return step + 1, next_ids
+
+    step, _ = lax.fori_loop(0, t.num_steps, load_step, (step, ids))
+    return i + 1, step, after, next_ids, after_next
+
+  for i in range(tickets.AHEAD):
+    draw(jnp.int32(i))
+  zero, first = jnp.int32(0), tile(0)
+  _, num_steps, *_ = lax.while_loop(
+    lambda carry: carry[2].index < plan.num_tiles,
+    load_tile,
+    (zero, zero, first, row_ids(first, 0), tile(1)),
+  )
+
+  for behind in range(lag, 0, -1):
+
+    @pl.when(num_steps >= behind)
+    def _(behind=behind):
+      ops.wait(behind - 1)
+      plgpu.barrier_arrive(full.at[lax.rem(num_steps - behind, stages)])
+
+  # See every release before leaving: an arrival needs its barrier.
+  for i in range(stages):
+
+    @pl.when(num_steps > i)
+    def _(i=i):
+      slot = lax.rem(jnp.maximum(num_steps - stages, 0) + i, stages)
+      plgpu.barrier_wait(empty.at[slot])
+
+
+def _load_step(ops, side_refs, t: Tile, k, col, ids, slot, full):
+  """Starts loading one operand of step k of a tile to a slot."""
+  side, source, _, smem = side_refs
+  first_row = t.start + k * _ROWS
+
+  def copy_rows(ids):
+    ops.copy(source, smem.at[slot], ids, column=col, width=side.width)
+
+  if side.gathered:
+    return copy_rows(ids)
+  if not side.by_tma:
+    return copy_rows(ops.range_ids(first_row, t.first, t.end))
+  inside = (first_row >= t.first) & (first_row + _ROWS <= t.end)
+
+  @pl.when(inside)
+  def _():
+    rows = pl.ds(pl.multiple_of(first_row, 8), _ROWS)
+    plgpu.copy_gmem_to_smem(
+      source.at[rows, pl.ds(col, side.block)], smem.at[slot], full.at[slot]
+    )
+
+  @pl.when(jnp.logical_not(inside))
+  def _():
+    copy_rows(ops.range_ids(first_row, t.first, t.end))
+    # In place of TMA's arrival; the one after the copies is what counts.
+    plgpu.barrier_arrive(full.at[slot])
+
+
+def _multiply_tiles(plan, queue, groups, warpgroup, out, scratch):
+  """Sums left^T right over the steps of each tile, and stores it."""
+  left_smem, right_smem = scratch["left_smem"], scratch["right_smem"]
+  full, empty = scratch["full"], scratch["empty"]
+  stages = plan.config.num_stages
+  my_cols = pl.ds(warpgroup * _PART_LEFT, _PART_LEFT)
+
+  def tile(i) -> Tile:
+    t = tile_at(plan, groups, queue.read(i))
+    queue.release(i)
+    return t
+
+  def multiply_tile(carry):
+    i, step, t = carry
+    following = tile(i + 1)
+
+    def multiply(acc):
+      def multiply_step(k, step):
+        slot = lax.rem(step, stages)
+        plgpu.barrier_wait(full.at[slot])
+        plgpu.wgmma(
+          acc,
+          left_smem.at[slot, :, my_cols].transpose((1, 0)),
+          right_smem.at[slot],
+        )
+        # One product in flight: the one before is done, its slot free.
+        plgpu.wgmma_wait(1)
+        plgpu.barrier_arrive(
+          empty.at[lax.rem(step + (stages - 1), stages)], predicate=k > 0
+        )
+        return step + 1
+
+      last = lax.fori_loop(0, t.num_steps, multiply_step, step)
+      plgpu.wgmma_wait(0)
+      plgpu.barrier_arrive(
+        empty.at[lax.rem(last + (stages - 1), stages)],
+        predicate=t.num_steps > 0,
+      )
+      return acc[...]
+
+    acc = pl.run_scoped(
+      multiply, plgpu.ACC((_PART_LEFT, plan.right.block), jnp.float32)
+    )
+    _store_tile(plan, t, acc, warpgroup, out, scratch["out_smem"])
+    return i + 1, step + t.num_steps, following
+
+  zero = jnp.int32(0)
+  lax.while_loop(
+    lambda carry: carry[2].index < plan.num_tiles,
+    multiply_tile,
+    (zero, zero, tile(0)),
+  )
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _store_tile(plan, t: Tile, acc, warpgroup, out, out_smem):
+  """Stores a warpgroup's part of a tile; TMA drops what lies past the edges."""
+  left_col, right_col = columns(plan, t)
+  rows_out = pl.ds(left_col + warpgroup * _PART_LEFT, _PART_LEFT)
+  num_pieces = plan.right.block // lt.COLUMNS
+  buffers = min(2, num_pieces)
+  for i in range(num_pieces):
+    piece = acc[:, i * lt.COLUMNS : (i + 1) * lt.COLUMNS].astype(plan.dtype)
+    cols_out = pl.ds(right_col + i * lt.COLUMNS, lt.COLUMNS)
+    buffer = out_smem.at[warpgroup, i % buffers]
+    # Wait until TMA has read what this buffer held, be it the last tile's.
+    plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+    if plan.transposed:
+      buffer.transpose((1, 0))[...] = piece
+      target = out.at[t.expert, cols_out, rows_out]
+    else:
+      buffer[...] = piece
+      target = out.at[t.expert, rows_out, cols_out]
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffer, target)

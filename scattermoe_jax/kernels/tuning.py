@@ -1,0 +1,220 @@
+"""Tiles for a problem: from a table of measurements, else by a rule.
+
+  tuned_config = nearest entry of the table for this compute capability,
+                 else the heuristic.
+
+Tables are package data, `tables/sm<major><minor>.json`, written by
+`python -m benchmarks.tune`; each entry is one problem as it was measured and
+the tiles that were fastest. All of this is plain Python on plain values.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from scattermoe_jax.kernels.config import TileConfig
+from scattermoe_jax.kernels.contract import Problem
+
+# What one grouped product on Hopper is, as far as tiles go: where its rows come
+# from, and what its epilogue holds. Problem.d_in and d_out are the widths of w
+# for the first four, of x and of y for group_xty.
+OPS = (
+  "scatter2scatter_gathered",
+  "scatter2scatter_grouped",
+  "up_projection",
+  "down_projection_grad",
+  "group_xty_gathered_x",
+  "group_xty_gathered_y",
+)
+_H200_SMS = 132
+# Shared memory of a block on Hopper, less a kilobyte for barriers.
+_SHARED_BYTES = 226 * 1024
+_BYTES = 2  # of bfloat16 and float16, all that the tensor core takes here
+# Two warpgroups store 64 rows by 64 columns at a time, from two buffers each.
+_STORE_BYTES = 2 * 2 * 64 * 64 * _BYTES
+# Tiles of 256 columns side by side, so that 132 blocks make about a square.
+_BAND = 8
+# A table entry speaks for problems of up to twice or half its sizes.
+_REACH = 1.0
+
+
+class Entry(NamedTuple):
+  """One measurement: a problem and the tiles that were fastest."""
+
+  op: str
+  rows_per_expert: int
+  num_experts: int
+  d_in: int
+  d_out: int
+  config: TileConfig
+
+
+def tuned_config(op: str, problem: Problem) -> TileConfig:
+  """Returns the tiles for `problem`: the table's, else the heuristic's.
+
+  Args:
+    op: a name in `OPS`.
+    problem: the product; its device says which table, and how many blocks.
+
+  Raises:
+    ValueError: if `op` is not a name in `OPS`.
+  """
+  return lookup(op, problem) or heuristic(op, problem)
+
+
+def heuristic(op: str, problem: Problem) -> TileConfig:
+  """Returns tiles by rule, for problems that nobody has measured.
+
+  The widest tile that the columns fill, since the widest reads least; stages
+  as many as shared memory holds.
+  """
+  _check_op(op)
+  num_sms = problem.device.num_cores or _H200_SMS
+  if op.startswith("group_xty"):
+    blocks = _xty_blocks(op, problem)
+  else:
+    blocks = (128, 256 if problem.d_out > 128 else 128)
+  config = TileConfig(*blocks, num_sms=num_sms, band_n=_BAND)
+  stages = max(s for s in range(2, 9) if _fits(config, num_stages=s))
+  return dataclasses.replace(config, num_stages=stages)
+
+
+def lookup(
+  op: str, problem: Problem, entries: Sequence[Entry] | None = None
+) -> TileConfig | None:
+  """Returns the tiles measured for the nearest problem, None if none is near.
+
+  Near means no size off by more than a factor of two; nearest, the least sum of
+  the logarithms of those factors.
+
+  Args:
+    op: a name in `OPS`.
+    problem: the product.
+    entries: a table; that of the problem's device if None.
+  """
+  _check_op(op)
+  if entries is None:
+    entries = table(problem.device.capability)
+  near = [
+    (sum(distances), entry.config)
+    for entry in entries
+    if entry.op == op and max(distances := _distances(entry, problem)) <= _REACH
+  ]
+  if not near:
+    return None
+  config = min(near, key=lambda pair: pair[0])[1]
+  return dataclasses.replace(
+    config, num_sms=problem.device.num_cores or _H200_SMS
+  )
+
+
+@functools.cache
+def table(capability: tuple[int, int] | None) -> tuple[Entry, ...]:
+  """Returns the entries shipped for a compute capability; none if None is."""
+  if capability is None:
+    return ()
+  path = importlib.resources.files(__package__) / "tables"
+  path = path / table_name(capability)
+  if not path.is_file():
+    return ()
+  return tuple(entry_from_json(e) for e in json.loads(path.read_text()))
+
+
+def table_name(capability: tuple[int, int]) -> str:
+  """Returns the file name of a table.
+
+  Example:
+    >>> table_name((9, 0))
+    'sm90.json'
+  """
+  return "sm{}{}.json".format(*capability)
+
+
+def entry_from_json(record: dict[str, Any]) -> Entry:
+  """Returns the entry that `benchmarks.tune` wrote as `record`."""
+  return Entry(
+    record["op"],
+    record["rows_per_expert"],
+    record["num_experts"],
+    record["d_in"],
+    record["d_out"],
+    TileConfig(**record["config"]),
+  )
+
+
+def candidates(op: str, problem: Problem) -> list[TileConfig]:
+  """Returns the tiles worth measuring for `problem`, all of them valid."""
+  _check_op(op)
+  num_sms = problem.device.num_cores or _H200_SMS
+  found = []
+  for block_m, block_n in _blocks(op):
+    for band_n in (0, 4, 8, 16):
+      if band_n * min(block_m, block_n) >= max(problem.d_in, problem.d_out):
+        continue
+      config = TileConfig(block_m, block_n, band_n=band_n, num_sms=num_sms)
+      stages = [s for s in range(2, 9) if _fits(config, num_stages=s)]
+      for num_stages in stages[-2:]:
+        found.append(dataclasses.replace(config, num_stages=num_stages))
+  return found
+
+
+def why_invalid(op: str, config: TileConfig) -> str | None:
+  """Returns why `op` cannot run with these tiles, in words; None if it can."""
+  _check_op(op)
+  blocks = (config.block_m, config.block_n)
+  if blocks not in _blocks(op):
+    return f"{op} has no tiles of {blocks}; it has {_blocks(op)}"
+  if config.block_k != 64:
+    return f"block_k = {config.block_k}; a step is 64, one swizzled row"
+  if config.num_stages < 2:
+    return f"num_stages = {config.num_stages}; loading ahead takes two"
+  if not _fits(config):
+    return f"{config} takes more shared memory than a block has"
+  return None
+
+
+def _check_op(op: str) -> None:
+  if op not in OPS:
+    raise ValueError(f"op must be one of {OPS}, got {op!r}.")
+
+
+def _blocks(op: str) -> list[tuple[int, int]]:
+  if op == "group_xty_gathered_y":
+    # The gathered operand on the side of 128 columns.
+    return [(256, 128), (128, 128), (64, 128), (128, 256)]
+  if op == "group_xty_gathered_x":
+    return [(128, 256), (128, 128), (128, 64), (64, 128), (256, 128)]
+  return [(128, 256), (128, 128), (128, 64)]
+
+
+def _xty_blocks(op: str, problem: Problem) -> tuple[int, int]:
+  if op == "group_xty_gathered_y":
+    wide = _wide_side(problem.d_in)
+    return wide, 128
+  if problem.d_in <= 64 < problem.d_out:
+    return 64, 128
+  return 128, _wide_side(problem.d_out)
+
+
+def _wide_side(width: int) -> int:
+  return next((block for block in (64, 128) if width <= block), 256)
+
+
+def _fits(config: TileConfig, num_stages: int | None = None) -> bool:
+  stages = num_stages or config.num_stages
+  step = (config.block_m + config.block_n) * config.block_k * _BYTES
+  return stages * step + _STORE_BYTES <= _SHARED_BYTES
+
+
+def _distances(entry: Entry, problem: Problem) -> tuple[float, ...]:
+  pairs = (
+    (entry.rows_per_expert, problem.num_rows / problem.num_experts),
+    (entry.num_experts, problem.num_experts),
+    (entry.d_in, problem.d_in),
+    (entry.d_out, problem.d_out),
+  )
+  return tuple(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)

@@ -1,0 +1,264 @@
+"""The Hopper weight gradient: interpreted here, lowered here, run on a GPU.
+
+The interpreter cannot run cp.async, so `InterpretedOps` stands in for
+`warpgroup_ops`; schedule, barriers, TMA copies, products and stores are the
+kernel's own. What the stand-in hides is checked by the tests marked gpu.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from scattermoe_jax._compat import current_device
+from scattermoe_jax.kernels import Problem, mosaic, tuning, xla
+from scattermoe_jax.kernels.config import TileConfig
+from scattermoe_jax.routing import route
+from tests import oracle
+from tests.accuracy import assert_accurate
+
+if reason := mosaic.missing_feature():
+  pytest.skip(reason, allow_module_level=True)
+
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from scattermoe_jax.kernels.mosaic.grouped_xty import group_xty
+
+ROWS = 64
+
+
+class InterpretedOps:
+  """The functions of `warpgroup_ops`, as plain loads and stores."""
+
+  def __init__(self, num_blocks):
+    self.num_blocks = num_blocks
+
+  def new_counter(self):
+    return None
+
+  def increment(self, counter, ring, place, turn):
+    del counter
+    ring[place] = lax.axis_index("block") + turn * self.num_blocks
+
+  @staticmethod
+  def range_ids(first_row, group_first, group_end):
+    rows = first_row + jnp.arange(ROWS, dtype=jnp.int32)
+    inside = (rows >= group_first) & (rows < group_end)
+    return jnp.where(inside, rows, jnp.int32(-1))
+
+  @classmethod
+  def load_ids(cls, ids, first_row, group_first, group_end):
+    rows = cls.range_ids(first_row, group_first, group_end)
+    # One slice, so that it stays inside; then each row its own place.
+    start = jnp.clip(first_row, 0, max(ids.shape[0] - ROWS, 0))
+    window = ids[pl.ds(start, min(ROWS, ids.shape[0]))]
+    place = jnp.clip(rows - start, 0, window.shape[0] - 1)
+    return jnp.where(rows >= 0, window[place], jnp.int32(-1))
+
+  @staticmethod
+  def copy(source, smem, ids, *, column, width):
+    piece = math.gcd(width, smem.shape[-1])
+    for first in range(0, smem.shape[-1], piece):
+      inside = column + first < width
+      from_column = jnp.where(inside, column + first, 0)
+
+      def copy_row(r, _, first=first, inside=inside, column=from_column):
+        row = ids[r]
+        values = source[jnp.maximum(row, 0), pl.ds(column, piece)]
+        exists = inside & (row >= 0)
+        smem[r, first : first + piece] = jnp.where(
+          exists, values, jnp.zeros_like(values)
+        )
+
+      lax.fori_loop(0, ROWS, copy_row, None)
+
+  @staticmethod
+  def commit():
+    pass
+
+  @staticmethod
+  def wait(groups):
+    del groups
+    plgpu.commit_smem()
+
+
+# 3, 133, 0 and 16 rows: expert 1 has a step cut at its start, a whole one, and
+# one cut at its end; expert 2 has none.
+IDS = np.array([[0, 3]] * 3 + [[1, 3]] * 13 + [[1, 1]] * 60, np.int32)
+EXPERTS = 4
+
+
+def operands(x_grouped, y_grouped, d, n, ids=IDS, dtype=jnp.bfloat16, seed=0):
+  rng = np.random.default_rng(seed)
+  rows = lambda grouped: ids.size if grouped else ids.shape[0]
+  x = jnp.asarray(rng.normal(size=(rows(x_grouped), d)), dtype)
+  y = jnp.asarray(rng.normal(size=(rows(y_grouped), n)), dtype)
+  return x, y
+
+
+def interpreted(x, y, routing, config, *, races=False, **layout):
+  params = plgpu.InterpretGPUParams(detect_races=races)
+  with plgpu.force_gpu_interpret_mode(params):
+    return jax.jit(
+      lambda x, y, routing: group_xty(
+        x,
+        y,
+        routing,
+        config=config,
+        ops=InterpretedOps(config.num_sms),
+        **layout,
+      )
+    )(x, y, routing)
+
+
+def test_group_xty_gathering_x_equals_oracle():
+  # 64 of 128 columns: the rest of the tile lies past the width.
+  x, y = operands(False, True, 64, 64)
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  config = TileConfig(128, 64, num_stages=3, num_sms=2)
+  got = interpreted(x, y, routing, config, y_grouped=True)
+  truth = oracle.group_xty(x, y, IDS, EXPERTS, y_grouped=True)
+  assert_accurate(got, truth, xla.group_xty(x, y, routing, y_grouped=True))
+  assert not np.any(np.asarray(got[2], np.float32)), "an expert of no rows"
+
+
+def test_group_xty_gathering_y_keeps_a_neighbours_nan_out():
+  x, y = operands(True, False, 64, 64)
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  others = np.asarray(routing.expert_ids) != 1
+  poisoned = jnp.where(others[:, None], jnp.asarray(np.nan, x.dtype), x)
+  # One block, so that each tile follows another in the same buffers.
+  config = TileConfig(64, 128, num_stages=4, num_sms=1)
+  got = interpreted(poisoned, y, routing, config, x_grouped=True, races=True)
+  truth = oracle.group_xty(x, y, IDS, EXPERTS, x_grouped=True)
+  baseline = xla.group_xty(x, y, routing, x_grouped=True)
+  assert_accurate(got[1], truth[1], baseline[1])
+  assert np.all(np.isnan(np.asarray(got[3], np.float32)))
+
+
+def h200():
+  return use_abstract_mesh(
+    AbstractMesh(
+      (), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "cuda")
+    )
+  )
+
+
+LOWERED = {
+  # (T, k, E, d, n, x_grouped, y_grouped, dtype)
+  "large_gathered_x": (32768, 8, 128, 4096, 2048, False, True, "bfloat16"),
+  "large_gathered_y": (32768, 8, 128, 1024, 4096, True, False, "bfloat16"),
+  "float16": (4096, 8, 512, 2880, 5760, False, True, "float16"),
+  "ones": (4096, 8, 64, 8, 4096, True, True, "bfloat16"),
+  "odd": (1001, 3, 8, 600, 40, False, True, "bfloat16"),
+  "odd_transposed": (1001, 3, 8, 40, 600, True, False, "bfloat16"),
+  "both_gathered": (1000, 2, 8, 1024, 1024, False, False, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("case", LOWERED)
+def test_group_xty_lowers_without_a_gpu(case):
+  num_tokens, k, num_experts, d, n, x_grouped, y_grouped, dtype = LOWERED[case]
+  rows = lambda grouped: num_tokens * (k if grouped else 1)
+  x = jax.ShapeDtypeStruct((rows(x_grouped), d), dtype)
+  y = jax.ShapeDtypeStruct((rows(y_grouped), n), dtype)
+  ids = jax.ShapeDtypeStruct((num_tokens, k), jnp.int32)
+
+  def product(x, y, ids):
+    routing = route(ids, num_experts)
+    return group_xty(x, y, routing, x_grouped=x_grouped, y_grouped=y_grouped)
+
+  with h200():
+    traced = jax.jit(product).trace(x, y, ids)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "mosaic_gpu" in text
+
+
+def on_gpu(x, y, routing, **layout):
+  product = jax.jit(lambda x, y, r: group_xty(x, y, r, **layout))
+  got = product(x, y, routing)
+  for _ in range(5):
+    same = product(x, y, routing)
+    assert bool(jnp.array_equal(got, same, equal_nan=True)), "bits differ"
+  return got
+
+
+def distinct_ids(rng, num_tokens, k, num_experts, skew=0.0):
+  weight = -skew * np.log1p(np.arange(num_experts))
+  noise = rng.gumbel(size=(num_tokens, num_experts)) + weight
+  return np.argsort(-noise, axis=1)[:, :k].astype(np.int32)
+
+
+GPU_CASES = {
+  # (T, k, E, d, n, skew, not here)
+  "even": (1000, 2, 16, 256, 512, 0.0, 0.0),
+  "skewed_many_empty": (500, 4, 256, 128, 256, 2.0, 0.0),
+  "some_not_here": (1000, 2, 16, 256, 512, 0.0, 0.3),
+  "odd": (333, 3, 8, 600, 40, 0.5, 0.1),
+  "ones": (1000, 2, 16, 8, 1024, 0.5, 0.0),
+  "one_token": (1, 8, 8, 512, 256, 0.0, 0.0),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_group_xty_on_gpu_equals_xla(case, dtype):
+  num_tokens, k, num_experts, d, n, skew, not_here = GPU_CASES[case]
+  rng = np.random.default_rng(0)
+  ids = distinct_ids(rng, num_tokens, k, num_experts, skew)
+  ids = np.where(rng.random(ids.shape) < not_here, num_experts, ids)
+  routing = route(jnp.asarray(ids), num_experts)
+  for x_grouped, y_grouped in (
+    (False, True), (True, False), (True, True), (False, False)
+  ):  # fmt: skip
+    layout = dict(x_grouped=x_grouped, y_grouped=y_grouped)
+    x, y = operands(x_grouped, y_grouped, d, n, ids, dtype)
+    # Rows of no group are never read into a sum, whatever they hold.
+    grouped_rows = np.asarray(routing.expert_ids) < num_experts
+    poison = lambda a, on, keep=grouped_rows: (
+      jnp.where(keep[:, None], a, jnp.asarray(np.nan, a.dtype)) if on else a
+    )
+    got = on_gpu(poison(x, x_grouped), poison(y, y_grouped), routing, **layout)
+    wide = (x.astype(jnp.float32), y.astype(jnp.float32), routing)
+    truth = xla.group_xty(*wide, **layout, precision=lax.Precision.HIGHEST)
+    baseline = xla.group_xty(x, y, routing, **layout)
+    assert_accurate(got, truth, baseline, err_msg=str(layout))
+
+
+@pytest.mark.gpu
+def test_group_xty_on_gpu_past_2_to_the_31():
+  # 96 * 4096 * 6144 elements of the output, 2.4e9.
+  num_experts, d, n, num_tokens = 96, 4096, 6144, 2048
+  ids = np.arange(num_tokens, dtype=np.int32)[:, None] % num_experts
+  routing = route(jnp.asarray(ids), num_experts)
+  x, y = operands(False, True, d, n, ids)
+  got = on_gpu(x, y, routing, y_grouped=True)
+  for expert in (0, 90, num_experts - 1):
+    rows = np.asarray(routing.expert_ids) == expert
+    tokens = np.asarray(routing.scattered_ids)[rows]
+    x_e, y_e = x[tokens].astype(jnp.float32), y[rows].astype(jnp.float32)
+    truth = np.asarray(x_e, np.float64).T @ np.asarray(y_e, np.float64)
+    assert_accurate(got[expert], truth, None)
+
+
+@pytest.mark.gpu
+def test_every_candidate_of_group_xty_is_right_on_gpu():
+  ids = distinct_ids(np.random.default_rng(1), 512, 4, 8)
+  routing = route(jnp.asarray(ids), 8)
+  problem = Problem(ids.size, 8, 384, 640, "bfloat16", current_device())
+  for op, x_grouped in (
+    ("group_xty_gathered_x", False), ("group_xty_gathered_y", True)
+  ):  # fmt: skip
+    layout = dict(x_grouped=x_grouped, y_grouped=not x_grouped)
+    x, y = operands(x_grouped, not x_grouped, 384, 640, ids)
+    truth = oracle.group_xty(x, y, ids, 8, **layout)
+    baseline = xla.group_xty(x, y, routing, **layout)
+    for config in tuning.candidates(op, problem):
+      got = on_gpu(x, y, routing, config=config, **layout)
+      assert_accurate(got, truth, baseline, err_msg=str(config))
