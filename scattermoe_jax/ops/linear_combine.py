@@ -15,6 +15,7 @@ from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.combine import weigh_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.parallel_linear import linear_problems
+from scattermoe_jax.ops.placement import check_placement
 from scattermoe_jax.routing import Routing
 
 
@@ -67,6 +68,7 @@ def linear_combine(
   backend = choose_backend(
     linear_problems(routing, w, jnp.result_type(x)), implementation
   )
+  routing = check_placement("linear_combine", backend, routing)
   x, gates, w = vary_over((x, gates, w), varying_axes(x, gates, w, routing))
   return _linear_combine(_Static(backend, precision), x, gates, w, routing)
 

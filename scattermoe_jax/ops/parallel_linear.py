@@ -14,6 +14,7 @@ from scattermoe_jax.kernels import Problem, choose_backend
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.combine import sum_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
+from scattermoe_jax.ops.placement import check_placement
 from scattermoe_jax.routing import Routing
 
 
@@ -68,6 +69,7 @@ def parallel_linear(
     linear_problems(routing, w, jnp.result_type(x)), implementation
   )
   static = _Static(backend, grouped_in, grouped_out, precision)
+  routing = check_placement("parallel_linear", backend, routing)
   x, w, bias = vary_over((x, w, bias), varying_axes(x, w, bias, routing))
   return _parallel_linear(static, x, w, bias, routing)
 

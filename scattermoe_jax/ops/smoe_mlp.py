@@ -17,6 +17,7 @@ from scattermoe_jax.ops.activations import Activation, get_activation
 from scattermoe_jax.ops.combine import sum_choices, weigh_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.parallel_linear import bias_grad, linear_problems
+from scattermoe_jax.ops.placement import check_placement
 from scattermoe_jax.routing import Routing
 
 
@@ -94,6 +95,7 @@ def smoe_mlp(
   )
   activation = get_activation(activation, gated=gated)
   static = _Static(backend, activation, num_chunks, precision)
+  routing = check_placement("smoe_mlp", backend, routing)
   operands = (x, gates, w_in, w_out, bias_in, bias_out)
   operands = vary_over(operands, varying_axes(operands, routing))
   return _smoe_mlp(static, *operands, routing)

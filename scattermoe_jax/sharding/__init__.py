@@ -21,13 +21,14 @@ Example:
 from scattermoe_jax.sharding.axes import MeshAxes
 from scattermoe_jax.sharding.gates import join_gate, split_gate
 from scattermoe_jax.sharding.linear import parallel_linear
-from scattermoe_jax.sharding.local import GATHERED
+from scattermoe_jax.sharding.local import GATHERED, own_parts_saveable
 from scattermoe_jax.sharding.mlp import smoe_mlp
 
 __all__ = [
   "GATHERED",
   "MeshAxes",
   "join_gate",
+  "own_parts_saveable",
   "parallel_linear",
   "smoe_mlp",
   "split_gate",

@@ -11,10 +11,22 @@ from jaxtyping import Array, Int
 from scattermoe_jax._compat import vary_over
 from scattermoe_jax.sharding.axes import Axes, MeshAxes
 
-# What `jax.checkpoint` policies call weights and tokens gathered from a mesh:
-# `save_anything_except_these_names(GATHERED)` keeps only a device's own part
-# for the backward, which gathers again.
+# The name of weights and tokens gathered from a mesh, for `jax.checkpoint`.
 GATHERED = "smoe_gathered"
+
+
+def own_parts_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
+  """A `jax.checkpoint` policy: keeps all but what came from other devices.
+
+  Without it, the backward finds every gathered weight in memory, that is, the
+  whole layer on every device. With it, the backward gathers them again: one
+  more all-gather per weight, for memory that fsdp axes divide.
+
+  Example:
+    >>> layer = jax.checkpoint(jnp.sin, policy=own_parts_saveable)
+  """
+  # The operand of the name is as good to keep as the named, hence both.
+  return primitive.name != "all_gather" and params.get("name") != GATHERED
 
 
 def gather(array: Array, names: Axes, axis: int) -> Array:

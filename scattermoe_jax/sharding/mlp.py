@@ -108,11 +108,10 @@ def _local(
   x, gates, expert_ids, w_in, w_out, bias_in, bias_out, *, axes, options
 ):
   """Runs the op on one device, between the collectives of its axes."""
-  w_in = local.gather_weight(w_in, axes, 1)
+  w_in = local.gather_weight(w_in.reshape(*w_in.shape[:2], -1), axes, 1)
   w_out = local.gather_weight(w_out, axes, 2)
   bias_in = local.gather_weight(bias_in, axes, None)
   bias_out = local.gather_weight(bias_out, axes, 1)
-  w_in = w_in.reshape(*w_in.shape[:2], -1)
   if bias_in is not None:
     bias_in = bias_in.reshape(bias_in.shape[0], -1)
   # What every device of the tensor axes has alike: the transpose sums dx and
