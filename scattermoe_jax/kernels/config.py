@@ -13,11 +13,9 @@ class TileConfig:
     block_n: output columns of one tile.
     block_k: contraction of one pipeline step.
     num_stages: pipeline steps in flight.
-    ping_pong: whether the two warpgroups that multiply take turns, each with
-      its own tile and its own stages, so that one stores while the other
-      multiplies; else they share each tile, half of its rows each.
-    band_m: row tiles that are multiplied side by side before the next columns,
-      so that blocks at work at one time share rows and weights in the L2.
+    band_n: column tiles that are multiplied side by side before the next
+      rows; 0 for all of them. Blocks at work at one time then share rows and
+      weights in the L2.
     num_sms: blocks of a persistent launch.
   """
 
@@ -25,6 +23,5 @@ class TileConfig:
   block_n: int = 128
   block_k: int = 64
   num_stages: int = 4
-  ping_pong: bool = False
-  band_m: int = 1
+  band_n: int = 0
   num_sms: int = 132

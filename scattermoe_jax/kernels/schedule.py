@@ -48,6 +48,17 @@ def max_tiles(num_rows: int, num_groups: int, block_m: int) -> int:
   return min(num_rows, -(-num_rows // block_m) + num_groups - 1)
 
 
+def max_windows(
+  num_rows: int, num_groups: int, block_m: int, align: int = 1
+) -> int:
+  """Returns the most windows that `window_schedule` can need.
+
+  Aligning can lengthen each group, and the rows of none, by align - 1 rows.
+  """
+  num_groups += 1
+  return max_tiles(num_rows + num_groups * (align - 1), num_groups, block_m)
+
+
 def tile_schedule(
   group_sizes: Int[Array, " E"], num_rows: int, block_m: int
 ) -> TileSchedule:
@@ -99,43 +110,76 @@ def window_schedule(
     >>> windows.first_rows[:4].tolist(), windows.begins[:4].tolist()
     ([0, 4, 8, 0], [0, 1, 0, 0])
   """
+  length = max_windows(num_rows, group_sizes.shape[0], block_m, align)
+  group_sizes = _with_ungrouped(group_sizes, num_rows)
+  return _windows(group_sizes, length, block_m, align)
+
+
+def window_of_rows(
+  expert_ids: Int[Array, " S"],
+  group_sizes: Int[Array, " E"],
+  block_m: int,
+  align: int = 1,
+) -> tuple[Int[Array, " S"], Int[Array, " S"]]:
+  """Returns the window that holds each grouped row, and its place in there.
+
+  Args:
+    expert_ids: expert of each grouped row, ascending; E for none.
+    group_sizes: as given to `window_schedule`, like the rest.
+    block_m: rows of a window.
+    align: what the start of a window is a multiple of.
+  """
+  num_rows = expert_ids.shape[0]
+  groups = _groups(_with_ungrouped(group_sizes, num_rows), block_m, align)
+  places = jnp.arange(num_rows, dtype=jnp.int32) - groups.aligned[expert_ids]
+  first_tiles = (groups.tile_ends - groups.tiles)[expert_ids]
+  return first_tiles + places // block_m, places % block_m
+
+
+class _Groups(NamedTuple):
+  starts: Int[Array, " G"]
+  ends: Int[Array, " G"]
+  aligned: Int[Array, " G"]
+  tiles: Int[Array, " G"]
+  tile_ends: Int[Array, " G"]
+
+
+def _groups(group_sizes, block_m: int, align: int) -> _Groups:
+  ends = jnp.cumsum(group_sizes).astype(jnp.int32)
+  starts = ends - group_sizes
+  aligned = starts - starts % jnp.int32(align)
+  tiles = jnp.where(group_sizes > 0, -(-(ends - aligned) // block_m), 0)
+  tile_ends = jnp.cumsum(tiles).astype(jnp.int32)
+  return _Groups(starts, ends, aligned, tiles, tile_ends)
+
+
+def _with_ungrouped(group_sizes, num_rows: int) -> Int[Array, " E+1"]:
   group_sizes = group_sizes.astype(jnp.int32)
   ungrouped = jnp.int32(num_rows) - jnp.sum(group_sizes, dtype=jnp.int32)
-  group_sizes = jnp.concatenate([group_sizes, ungrouped[None]])
-  num_groups = group_sizes.shape[0]
-  # Aligning can lengthen every group by align - 1 rows.
-  length = max_tiles(num_rows + num_groups * (align - 1), num_groups, block_m)
-  return _windows(group_sizes, length, block_m, align)
+  return jnp.concatenate([group_sizes, ungrouped[None]])
 
 
 def _windows(
   group_sizes: Int[Array, " G"], length: int, block_m: int, align: int
 ) -> WindowSchedule:
-  num_groups = group_sizes.shape[0]
-  group_ends = jnp.cumsum(group_sizes).astype(jnp.int32)
-  group_starts = group_ends - group_sizes
-  aligned_starts = group_starts - group_starts % jnp.int32(align)
-  tiles_per_group = jnp.where(
-    group_sizes > 0, -(-(group_ends - aligned_starts) // block_m), 0
-  )
-  tile_ends = jnp.cumsum(tiles_per_group).astype(jnp.int32)
+  groups = _groups(group_sizes, block_m, align)
   tiles = jnp.arange(length, dtype=jnp.int32)
   # Comparing with every group's end beats a binary search on a GPU: one fused
   # kernel of length * E comparisons.
-  groups = jnp.sum(tiles[:, None] >= tile_ends[None, :], axis=1)
-  groups = jnp.minimum(groups.astype(jnp.int32), num_groups - 1)
-  first_tile = (tile_ends - tiles_per_group)[groups]
-  first_rows = aligned_starts[groups] + (tiles - first_tile) * block_m
-  in_use = tiles < tile_ends[-1]
+  group = jnp.sum(tiles[:, None] >= groups.tile_ends[None, :], axis=1)
+  group = jnp.minimum(group.astype(jnp.int32), group_sizes.shape[0] - 1)
+  first_tiles = (groups.tile_ends - groups.tiles)[group]
+  first_rows = groups.aligned[group] + (tiles - first_tiles) * block_m
+  in_use = tiles < groups.tile_ends[-1]
 
   def clip(row):
     rows = jnp.where(in_use, jnp.clip(row - first_rows, 0, block_m), 0)
     return rows.astype(jnp.int32)
 
   return WindowSchedule(
-    expert_ids=groups,
+    expert_ids=group,
     first_rows=jnp.where(in_use, first_rows, 0).astype(jnp.int32),
-    begins=clip(group_starts[groups]),
-    ends=clip(group_ends[groups]),
-    num_tiles=tile_ends[-1],
+    begins=clip(groups.starts[group]),
+    ends=clip(groups.ends[group]),
+    num_tiles=groups.tile_ends[-1],
   )

@@ -1,1 +1,285 @@
-"""The Hopper backend: Pallas Mosaic GPU."""
+"""The Hopper backend: Pallas Mosaic GPU.
+
+`check` asks for the features of JAX that the kernels were measured with, by
+name. The kernels themselves are imported where they are called, so that a
+machine without them can still ask.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scattermoe_jax._compat import current_device
+from scattermoe_jax.kernels import composed
+from scattermoe_jax.kernels.config import TileConfig
+from scattermoe_jax.kernels.contract import Problem
+from scattermoe_jax.kernels.schedule import window_of_rows
+from scattermoe_jax.kernels.tuning import tuned_config
+from scattermoe_jax.routing import Routing
+
+_DTYPES = ("bfloat16", "float16")
+# Copies move 16 bytes.
+_WIDTH_MULTIPLE = 8
+# The tensor core reads tiles of 64 columns; other widths are padded to them.
+_TILE_WIDTH = 64
+
+
+def check(problem: Problem) -> str | None:
+  """Returns why `problem` cannot run here, in words, or None."""
+  capability = problem.device.capability
+  if problem.device.platform != "gpu" or capability != (9, 0):
+    return (
+      "mosaic runs on Hopper GPUs (compute capability 9.0), this is "
+      f"{problem.device.kind}"
+    )
+  if problem.dtype not in _DTYPES:
+    return f"mosaic multiplies {' or '.join(_DTYPES)}, got {problem.dtype}"
+  for name, width in (("d_in", problem.d_in), ("d_out", problem.d_out)):
+    if width % _WIDTH_MULTIPLE or not width:
+      return (
+        f"mosaic needs widths that are multiples of {_WIDTH_MULTIPLE}, got "
+        f"{name} = {width}"
+      )
+  return missing_feature()
+
+
+@functools.cache
+def missing_feature() -> str | None:
+  """Returns what this JAX lacks, or None."""
+  try:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+  except Exception as error:  # noqa: BLE001 - whatever a JAX raises here
+    return f"this JAX does not import Pallas Mosaic GPU ({error})"
+  for name in ("kernel", "inline_mgpu", "force_gpu_interpret_mode"):
+    if not hasattr(plgpu, name):
+      return f"this JAX is too old for mosaic: Pallas has no {name}"
+  if "out_type" not in inspect.signature(plgpu.kernel).parameters:
+    return "this JAX is too old for mosaic: its kernels take no out_type"
+  return None
+
+
+def scatter2scatter(
+  x: Float[Array, "rows d"],
+  w: Float[Array, "E _ _"],
+  routing: Routing,
+  *,
+  bias: Float[Array, "E n"] | None = None,
+  grouped_in: bool = False,
+  grouped_out: bool = False,
+  transpose_w: bool = False,
+  precision=None,
+  config: TileConfig | None = None,
+) -> Float[Array, "S n"]:
+  """Returns y with y[row] = x[row] @ w[expert of row] + bias[expert of row].
+
+  Args:
+    x: (T, d) or (S, d) scattered, or (S, d) if `grouped_in`.
+    w: (E, d, n), or (E, n, d) if `transpose_w`.
+    routing: the routing.
+    bias: (E, n), added to the rows of its expert.
+    grouped_in: whether x is in grouped order.
+    grouped_out: whether y is.
+    transpose_w: whether to multiply by the transpose of w[e].
+    precision: unused; operands of 16 bits have one.
+    config: the blocks; from the table or the heuristic if None.
+  """
+  del precision
+  from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
+
+  d_out = w.shape[1 if transpose_w else 2]
+  if routing.num_rows == 0:
+    return jnp.zeros((0, d_out), x.dtype)
+  plan = _plan(
+    f"scatter2scatter_{'grouped' if grouped_in else 'gathered'}",
+    x,
+    w,
+    routing,
+    config,
+    grouped_in=grouped_in,
+    transpose_w=transpose_w,
+  )
+
+  @jax.custom_batching.sequential_vmap
+  def run(x, w, bias, routing):
+    epilogue = epilogues.StoreRows(
+      bias=_pad(bias, 1),
+      scattered_ids=None if grouped_out else routing.scattered_ids,
+    )
+    [y] = grouped_matmul.multiply(
+      _pad(x, 1), _pad(w, 1, 2), routing, epilogue, plan
+    )
+    return y[:, :d_out]
+
+  return run(x, w, bias, routing)
+
+
+def up_projection(
+  x: Float[Array, "rows d"],
+  w: Float[Array, "E d m"],
+  routing: Routing,
+  *,
+  bias: Float[Array, "E m"] | None,
+  activation: Any,
+  keep_h: bool,
+  precision=None,
+  config: TileConfig | None = None,
+) -> tuple[Float[Array, "S m"] | None, Float[Array, "S n"]]:
+  """Returns (h, a): h = x w_e (None unless `keep_h`) and a = activation(h).
+
+  The activation is computed from the sums in float32, before h is rounded.
+  """
+  halves = 2 if activation.gated else 1
+  if routing.num_rows == 0 or w.shape[2] % (halves * _TILE_WIDTH):
+    return composed.up_projection(
+      scatter2scatter,
+      x,
+      w,
+      routing,
+      bias=bias,
+      activation=activation,
+      keep_h=keep_h,
+      precision=precision,
+    )
+  from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
+
+  plan = _plan(
+    "up_projection", x, w, routing, config, transpose_w=False, halves=halves
+  )
+
+  @jax.custom_batching.sequential_vmap
+  def run(x, w, bias, routing):
+    epilogue = epilogues.Activate(activation, keep_h, bias)
+    return grouped_matmul.multiply(
+      _pad(x, 1), _pad(w, 1), routing, epilogue, plan
+    )
+
+  *h, a = run(x, w, bias, routing)
+  return (h[0] if keep_h else None), a
+
+
+def down_projection_grad(
+  dy: Float[Array, "T d"],
+  w: Float[Array, "E n d"],
+  h: Float[Array, "S m"],
+  gates: Float[Array, " S"],
+  routing: Routing,
+  *,
+  activation: Any,
+  precision=None,
+  config: TileConfig | None = None,
+) -> tuple[Float[Array, "S m"], Float[Array, "S n"], Float[Array, " S"]]:
+  """Returns (dh, weighted_a, dgates), the backward down to the pre-activation.
+
+  da' = dy w_e^T; dgates = <da', a>; dh = (gates da') dact/dh;
+  weighted_a = gates a.
+  """
+  if routing.num_rows == 0 or w.shape[1] % _TILE_WIDTH:
+    return composed.down_projection_grad(
+      scatter2scatter,
+      dy,
+      w,
+      h,
+      gates,
+      routing,
+      activation=activation,
+      precision=precision,
+    )
+  from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
+
+  plan = _plan(
+    "down_projection_grad",
+    dy,
+    w,
+    routing,
+    config,
+    transpose_w=True,
+    aligned=True,
+  )
+
+  @jax.custom_batching.sequential_vmap
+  def run(dy, w, h, gates, routing):
+    epilogue = epilogues.Differentiate(activation, h, gates)
+    dh, weighted_a, sums = grouped_matmul.multiply(
+      _pad(dy, 1), _pad(w, 2), routing, epilogue, plan
+    )
+    # One partial sum for each tile of columns, added in one order.
+    window, place = window_of_rows(
+      routing.expert_ids, routing.group_sizes, plan.config.block_m, plan.align
+    )
+    return dh, weighted_a, jnp.sum(sums, axis=1)[window, place]
+
+  return run(dy, w, h, gates, routing)
+
+
+def group_xty(
+  x: Float[Array, "rows_x d"],
+  y: Float[Array, "rows_y n"],
+  routing: Routing,
+  *,
+  x_grouped: bool = False,
+  y_grouped: bool = False,
+  precision=None,
+  config: TileConfig | None = None,
+) -> Float[Array, "E d n"]:
+  """Returns xty[e] = x_e^T y_e over the rows of expert e.
+
+  Args:
+    x: (T, d) or (S, d) scattered, or (S, d) if `x_grouped`.
+    y: (T, n) or (S, n) scattered, or (S, n) if `y_grouped`.
+    routing: the routing.
+    x_grouped: whether x is in grouped order.
+    y_grouped: whether y is.
+    precision: unused; operands of 16 bits have one.
+    config: the blocks; from the table or the heuristic if None.
+  """
+  del precision
+  from scattermoe_jax.kernels.mosaic import grouped_xty
+
+  return grouped_xty.group_xty(
+    x, y, routing, x_grouped=x_grouped, y_grouped=y_grouped, config=config
+  )
+
+
+def _plan(op: str, x, w, routing: Routing, config, *, transpose_w, **fields):
+  """Returns the launch plan of a product, its widths padded."""
+  from scattermoe_jax.kernels.mosaic.grouped_matmul import Plan
+
+  d_in, d_out = w.shape[1:][::-1] if transpose_w else w.shape[1:]
+  if config is None:
+    problem = Problem(
+      routing.num_rows,
+      routing.num_experts,
+      d_in,
+      d_out,
+      str(x.dtype),
+      current_device(),
+    )
+    config = tuned_config(op, problem)
+  return Plan(
+    num_rows=routing.num_rows,
+    num_experts=routing.num_experts,
+    d_in=_padded(d_in),
+    d_out=_padded(d_out),
+    dtype=x.dtype,
+    config=config,
+    transpose_w=transpose_w,
+    **fields,
+  )
+
+
+def _padded(width: int) -> int:
+  return -(-width // _TILE_WIDTH) * _TILE_WIDTH
+
+
+def _pad(array, *axes: int):
+  """Returns the array with zeros up to a multiple of 64 along `axes`."""
+  if array is None:
+    return None
+  pad = [(0, 0)] * array.ndim
+  for axis in axes:
+    pad[axis] = (0, _padded(array.shape[axis]) - array.shape[axis])
+  return jnp.pad(array, pad) if any(after for _, after in pad) else array

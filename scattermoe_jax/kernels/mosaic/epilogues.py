@@ -2,9 +2,15 @@
 
 An epilogue gets the float32 sums of one consumer's part of a tile and writes to
 global memory, 64 columns at a time through a small ring of shared memory.
+
+  StoreRows        y = acc + bias
+  Activate         h = acc + bias, a = f(h)
+  Differentiate    da' = acc; dh = (gates da') f'(h), gates a, <da', a>
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +21,46 @@ from jaxtyping import Array, Float, Int
 
 from scattermoe_jax.kernels.mosaic import layouts as lt
 
+_SLOTS = 2  # chunks of 64 columns of a consumer on their way out
+
+
+class Epilogue:
+  """What the kernel asks of an epilogue.
+
+  Attributes:
+    name: of the kernel that it makes.
+  """
+
+  name: str
+
+  def operands(self, plan) -> list[Array]:
+    """Returns the arrays that it reads, `extra` below."""
+    raise NotImplementedError
+
+  def out_types(self, plan) -> list[jax.ShapeDtypeStruct]:
+    """Returns the types of its results, `outs` below."""
+    raise NotImplementedError
+
+  def num_loads(self, plan) -> int:
+    """Returns how many stages it wants filled after those of a tile."""
+    return 0
+
+  def load(self, plan, j, row, index_n, extra, stage, barrier) -> int:
+    """Fills one (x, w) stage; returns how many copies arrive at `barrier`."""
+    raise NotImplementedError
+
+  def scratch_types(self, plan) -> list:
+    """Returns the shared memory it wants: the ring through which it stores."""
+    stages = (2, _SLOTS, plan.part_m, lt.COLUMNS)
+    return [plgpu.SMEM(stages, plan.dtype, transforms=lt.BY_ROW)]
+
+  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
+    """Stores one consumer's part of a tile."""
+    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class StoreRows:
+class StoreRows(Epilogue):
   """Stores products, plus a bias, in grouped or in scattered order.
 
   Attributes:
@@ -31,107 +73,248 @@ class StoreRows:
   scattered_ids: Int[Array, " S"] | None = None
   name = "scatter2scatter"
 
-  def operands(self, plan) -> list[Array]:
-    """Returns the arrays that the epilogue reads."""
-    bias = [] if self.bias is None else [pad_bias(self.bias, plan)]
-    ids = [] if self.scattered_ids is None else [self.scattered_ids]
-    return bias + ids
+  def operands(self, plan):
+    bias = [] if self.bias is None else [_pad_bias(self.bias, plan)]
+    return bias + ([] if self.scattered_ids is None else [self.scattered_ids])
 
-  def out_types(self, plan) -> list[jax.ShapeDtypeStruct]:
-    """Returns the types of the results: y."""
+  def out_types(self, plan):
     return [jax.ShapeDtypeStruct((plan.num_rows, plan.d_out), plan.dtype)]
 
-  def scratch_types(self, plan) -> list:
-    """Returns the ring through which chunks leave."""
-    return [staging(plan)]
-
-  def store(self, plan, acc, tile, extra, outs, scratch, rows) -> None:
-    """Stores one consumer's part of a tile."""
+  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
     extra = list(extra)
     bias = extra.pop(0) if self.bias is not None else None
     ids = extra.pop(0) if self.scattered_ids is not None else None
-    [y], [ring] = outs, scratch
-    out_rows = rows._replace(width=plan.d_out)
+    [acc], [y], ring = accs, outs, _Ring(plan, tile, *scratch)
     if ids is not None:
+      out_rows = rows._replace(width=plan.d_out)
       places = out_rows.locate(ids, tile.row, tile.end, plan.part_m)
-    for j in range(plan.config.block_n // lt.COLUMNS):
-      columns = slice(j * lt.COLUMNS, (j + 1) * lt.COLUMNS)
-      column = tile.index_n * plan.config.block_n + j * lt.COLUMNS
-      chunk = acc[:, columns]
-      if bias is not None:
-        chunk += bias_rows(bias, tile, column, plan.part_m)
-      stage = ring.at[tile.consumer, j % plan.store_slots]
-      if ids is None:
-        put_chunk(stage, chunk.astype(plan.dtype), plan.store_slots)
-        send_chunk(stage, y, tile, column)
-      else:
-        stage[...] = chunk.astype(plan.dtype)
-        plgpu.commit_smem()
+    for columns, column in _chunks(plan, tile):
 
-        @pl.when(column < plan.d_out)
-        def _(stage=stage, column=column):
+      @_when_inside(plan, column)
+      def _(columns=columns, column=column):
+        chunk = acc[:, columns] + _bias_rows(bias, plan, tile, column)
+        if ids is None:
+          ring.send(chunk, y, column)
+        else:
+          stage = ring.put(chunk)
           out_rows.store(stage, y, places, column, tile.begin, tile.end)
 
 
-def staging(plan, columns: int = lt.COLUMNS):
-  """Returns the type of the ring through which chunks leave."""
-  return plgpu.SMEM(
-    (2, plan.store_slots, plan.part_m, columns), plan.dtype, transforms=lt.BY_ROW
-  )
+@dataclasses.dataclass(frozen=True, eq=False)
+class Activate(Epilogue):
+  """Stores a = f(h), and h where it is wanted, in grouped order.
 
+  With a gate, a tile holds the same columns of both halves of h, so that gate
+  and up of a value are in registers of one thread.
 
-def pad_bias(bias: Float[Array, "E n"], plan) -> Float[Array, "E+1 _"]:
-  """Returns the bias as wide as the tiles are; row E, for no group, is zero."""
-  width = plan.num_tiles_n * plan.config.block_n
-  return jnp.pad(bias, ((0, 1), (0, width - bias.shape[1])))
-
-
-def bias_rows(bias, tile, column, num_rows: int):
-  """Returns 64 columns of the expert's bias, once for every row."""
-  values = plgpu.load(bias.at[tile.expert, pl.ds(column, lt.COLUMNS)])
-  return lax.broadcast_in_dim(
-    values.astype(jnp.float32), (num_rows, lt.COLUMNS), (1,)
-  )
-
-
-def put_chunk(stage, chunk, slots: int) -> None:
-  """Writes a chunk to a stage of the ring, once its last copy has left."""
-  plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-  stage[...] = chunk
-  plgpu.commit_smem()
-
-
-def send_chunk(stage, y, tile, column) -> None:
-  """Starts the copy of rows [begin, end) of a stage to grouped rows of y.
-
-  A copy has a static height. A full part takes one; another is the sum of
-  powers of two, and takes a copy for each that is in it.
+  Attributes:
+    activation: f.
+    keep_h: whether to store h.
+    bias: one per expert and column of h, or None.
   """
-  height = stage.shape[0]
-  columns = pl.ds(column, lt.COLUMNS)
-  num_rows = tile.end - tile.begin
 
-  def copy(first, length):
-    plgpu.copy_smem_to_gmem(
-      stage.at[pl.ds(first, length)],
-      y.at[pl.ds(tile.row + first, length), columns],
-      commit_group=False,
+  activation: object
+  keep_h: bool
+  bias: Float[Array, "E m"] | None = None
+  name = "up_projection"
+
+  def operands(self, plan):
+    return [] if self.bias is None else [_pad_bias(self.bias, plan)]
+
+  def out_types(self, plan):
+    rows, width = plan.num_rows, plan.d_out
+    h = jax.ShapeDtypeStruct((rows, width), plan.dtype)
+    a = jax.ShapeDtypeStruct((rows, width // plan.halves), plan.dtype)
+    return [h, a] if self.keep_h else [a]
+
+  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
+    bias = extra[0] if extra else None
+    *h_out, a_out = outs
+    ring = _Ring(plan, tile, *scratch)
+    half = plan.d_out // plan.halves
+    for columns, column in _chunks(plan, tile):
+
+      @_when_inside(plan, column)
+      def _(columns=columns, column=column):
+        h = []
+        for i in range(plan.halves):
+          h.append(
+            accs[i][:, columns]
+            + _bias_rows(bias, plan, tile, column + i * half)
+          )
+          if self.keep_h:
+            ring.send(h[i], h_out[0], column + i * half)
+        ring.send(_activate(self.activation, h), a_out, column)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Differentiate(Epilogue):
+  """Stores the backward down to h: of products da', gates and a kept h.
+
+    dh = (gates da') f'(h); weighted a = gates f(h); sums = <da', f(h)>
+
+  The producer loads h through the stages of the ring, in the turn after the
+  tile's last product, so that it is there when the sum is.
+
+  Attributes:
+    activation: f.
+    h: the pre-activation, grouped.
+    gates: one per grouped row.
+  """
+
+  activation: object
+  h: Float[Array, "S m"]
+  gates: Float[Array, " S"]
+  name = "down_projection_grad"
+
+  def operands(self, plan):
+    # A part may reach past the last row; what it reads there is not stored.
+    gates = self.gates.astype(jnp.float32)
+    return [self.h, jnp.pad(gates, (0, plan.config.block_m))]
+
+  def out_types(self, plan):
+    a = jax.ShapeDtypeStruct((plan.num_rows, plan.d_out), plan.dtype)
+    sums = (plan.num_windows, plan.num_tiles_n, plan.config.block_m)
+    return [
+      jax.ShapeDtypeStruct(self.h.shape, plan.dtype),
+      a,
+      jax.ShapeDtypeStruct(sums, jnp.float32),
+    ]
+
+  def num_loads(self, plan):
+    return plan.config.block_n // lt.COLUMNS
+
+  def load(self, plan, j, row, index_n, extra, stage, barrier):
+    h, block_m = extra[0], plan.config.block_m
+    column = index_n * plan.config.block_n + j * lt.COLUMNS
+    copies = self.h.shape[1] // plan.d_out
+    for i in range(copies):
+      plgpu.copy_gmem_to_smem(
+        h.at[pl.ds(row, block_m), pl.ds(column + i * plan.d_out, lt.COLUMNS)],
+        stage[i].at[pl.ds(0, block_m)],
+        barrier,
+      )
+    return copies
+
+  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
+    [acc], (dh_out, a_out, sums_out) = accs, outs
+    ring = _Ring(plan, tile, *scratch)
+    shape = (plan.part_m, lt.COLUMNS)
+    gates = plgpu.load(
+      extra[1].at[pl.ds(tile.row, plan.part_m)], optimized=False
     )
+    gate = lax.broadcast_in_dim(gates, shape, (0,))
+    sums = jnp.zeros((plan.part_m,), jnp.float32)
+    copies = self.h.shape[1] // plan.d_out
+    for j, (columns, column) in enumerate(_chunks(plan, tile)):
+      da = acc[:, columns]
+      with loaded(j) as stage:
+        h = [stage[i][...].astype(jnp.float32) for i in range(copies)]
+      a, *dh = _activate_vjp(self.activation, h, gate * da)
+      sums += jnp.sum(da * a, axis=1)
 
-  @pl.when(num_rows == height)
-  def _():
-    copy(0, height)
+      @_when_inside(plan, column)
+      def _(column=column, a=a, dh=dh):
+        for i in range(copies):
+          ring.send(dh[i], dh_out, column + i * plan.d_out)
+        ring.send(gate * a, a_out, column)
 
-  @pl.when(num_rows < height)
-  def _():
-    first, length = tile.begin, height // 2
-    while length > 0:
+    place = pl.ds(tile.part, plan.part_m)
+    sums_out[tile.index_m, tile.index_n, place] = sums
 
-      @pl.when((num_rows & length) != 0)
-      def _(first=first, length=length):
-        copy(first, length)
 
-      first = first + (num_rows & length)
-      length //= 2
+def _activate(activation, h: list):
+  if activation.gated:
+    return activation.of_gate(*h)
+  return activation.value_and_slope(*h)[0]
 
-  plgpu.commit_smem_to_gmem_group()
+
+def _activate_vjp(activation, h: list, da) -> tuple:
+  """Returns (a, dh) or (a, dgate, dup)."""
+  if activation.gated:
+    return activation.of_gate_and_vjp(*h, da)
+  a, slope = activation.value_and_slope(*h)
+  return a, da * slope
+
+
+def _chunks(plan, tile) -> Iterator:
+  """Yields 64 columns at a time: where in a sum, where in a half of h or y."""
+  for j in range(plan.part_n // lt.COLUMNS):
+    columns = slice(j * lt.COLUMNS, (j + 1) * lt.COLUMNS)
+    yield columns, tile.index_n * plan.part_n + columns.start
+
+
+def _when_inside(plan, column):
+  """Runs the function if the chunk is one of the results' columns."""
+  width = plan.d_out // plan.halves
+  if width % plan.part_n == 0:
+    return lambda function: function()
+  return pl.when(column < width)
+
+
+def _pad_bias(bias: Float[Array, "E n"], plan) -> Float[Array, "E+1 n"]:
+  """Returns the bias with a row of zeros, E, for rows of no group."""
+  return jnp.pad(bias, ((0, 1), (0, 0)))
+
+
+def _bias_rows(bias, plan, tile, column):
+  """Returns 64 columns of the expert's bias, once for every row."""
+  if bias is None:
+    return 0.0
+  columns = bias.at[tile.expert, pl.ds(column, lt.COLUMNS)]
+  values = plgpu.load(columns, optimized=False).astype(jnp.float32)
+  return lax.broadcast_in_dim(values, (plan.part_m, lt.COLUMNS), (1,))
+
+
+class _Ring:
+  """The stages through which one consumer's chunks leave."""
+
+  def __init__(self, plan, tile, ring):
+    self.plan, self.tile, self.ring = plan, tile, ring
+    self.turns = itertools.cycle(range(_SLOTS))
+    # The last tile's chunks left while this one was multiplied; since their
+    # number may be odd, the ring starts over with all slots free.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  def put(self, chunk):
+    """Writes a chunk to the next stage, once its last copy has left."""
+    plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+    stage = self.ring.at[self.tile.consumer, next(self.turns)]
+    stage[...] = chunk.astype(self.plan.dtype)
+    plgpu.commit_smem()
+    return stage
+
+  def send(self, chunk, y, column) -> None:
+    """Stores rows [begin, end) of a chunk to grouped rows of y.
+
+    A copy has a static height. A full part takes one; another is a sum of
+    powers of two, and takes a copy for each of them.
+    """
+    stage, tile, height = self.put(chunk), self.tile, self.plan.part_m
+    columns = pl.ds(column, lt.COLUMNS)
+    num_rows = tile.end - tile.begin
+
+    def copy(first, length):
+      plgpu.copy_smem_to_gmem(
+        stage.at[pl.ds(first, length)],
+        y.at[pl.ds(tile.row + first, length), columns],
+        commit_group=False,
+      )
+
+    @pl.when(num_rows == height)
+    def _():
+      copy(0, height)
+
+    @pl.when(num_rows < height)
+    def _():
+      first, length = tile.begin, height // 2
+      while length > 0:
+
+        @pl.when((num_rows & length) != 0)
+        def _(first=first, length=length):
+          copy(first, length)
+
+        first = first + (num_rows & length)
+        length //= 2
+
+    plgpu.commit_smem_to_gmem_group()

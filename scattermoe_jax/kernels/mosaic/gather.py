@@ -45,10 +45,12 @@ class RowCopies(NamedTuple):
     Args:
       ids: the row at each position; in global memory.
       first: position of the tile's first row.
-      num_rows: rows of the tile that exist; later ones repeat the last.
+      num_rows: rows of the tile that exist; later ones repeat the last, and
+        what a tile of none repeats is not stored.
       block_rows: rows to locate.
     """
     count = block_rows // _ROWS_AT_ONCE
+    last_id = ids.shape[0] - 1
 
     @plgpu.inline_mgpu(
       arg_types=(plgpu.RefType(), lt.SCALAR, lt.SCALAR),
@@ -62,6 +64,7 @@ class RowCopies(NamedTuple):
       for i in range(count):
         row_i = arith.addi(row, lt.const(i * _ROWS_AT_ONCE))
         position = arith.addi(first, arith.minsi(row_i, last))
+        position = arith.minsi(position, lt.const(last_id))
         start = arith.muli(
           lt.load_id(ids, position), lt.const(self.width // lt.CHUNK)
         )

@@ -52,7 +52,9 @@ def per_thread_type(count: int, dtype=jnp.int32):
 def pack(values: Sequence[ir.Value], count: int):
   """Returns each thread's own `values` as one array of `per_thread(count)`."""
   ones = [ir.VectorType.get((1,), value.type) for value in values]
-  registers = [vector.broadcast(o, v) for o, v in zip(ones, values, strict=True)]
+  registers = [
+    vector.broadcast(o, v) for o, v in zip(ones, values, strict=True)
+  ]
   return mgpu.FragmentedArray(
     _registers=np.array(registers, dtype=object),
     _layout=per_thread(count).to_mgpu(),

@@ -1,0 +1,85 @@
+"""The Hopper kernels in Mosaic's interpreter, on a CPU.
+
+The interpreter runs everything but PTX written by hand: the copies of gathered
+rows. In their place stands one copy for each row, counted by the same barrier,
+so that the schedule, the ring of stages and the epilogues are the real ones.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from scattermoe_jax.kernels import mosaic
+from scattermoe_jax.kernels.config import TileConfig
+from scattermoe_jax.kernels.mosaic import grouped_matmul
+
+SMALL = TileConfig(block_m=128, block_n=128, num_stages=3, num_sms=2)
+
+
+class SingleRows(NamedTuple):
+  """Stands in for `gather.RowCopies`: one copy for each row."""
+
+  width: int
+
+  # Copies that arrive at a stage's barrier: the rows of SMALL.
+  arrivals = SMALL.block_m
+
+  def locate(self, ids, first, num_rows, block_rows):
+    last = jnp.minimum(first + jnp.maximum(num_rows - 1, 0), ids.shape[0] - 1)
+    rows = [jnp.minimum(first + row, last) for row in range(block_rows)]
+    return jnp.stack([ids[row] for row in rows])
+
+  def load(self, x, x_smem, places, column, barrier):
+    for row in range(places.shape[0]):
+      plgpu.copy_gmem_to_smem(
+        x.at[pl.ds(places[row], 1), pl.ds(column, 64)],
+        x_smem.at[pl.ds(row, 1)],
+        barrier,
+      )
+
+  def arrive(self, barrier, in_flight):
+    pass
+
+  def store(self, y_smem, y, places, column, begin, end):
+    def store_row(row, _):
+      plgpu.copy_smem_to_gmem(
+        y_smem.at[pl.ds(row, 1)],
+        y.at[pl.ds(places[row], 1), pl.ds(column, 64)],
+      )
+
+    lax.fori_loop(begin, end, store_row, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def mosaic_interpreted(config: TileConfig = SMALL, **params) -> SimpleNamespace:
+  """Returns the backend, its kernels interpreted with small tiles.
+
+  Args:
+    config: the blocks; block_m as in `SMALL`.
+    **params: of `plgpu.InterpretGPUParams`.
+  """
+
+  def interpreted(function):
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+      interpret = plgpu.force_gpu_interpret_mode(
+        plgpu.InterpretGPUParams(**params)
+      )
+      with mock.patch.object(grouped_matmul, "RowCopies", SingleRows):
+        with interpret:
+          call = functools.partial(function, config=config, **kwargs)
+          return jax.block_until_ready(jax.jit(call)(*args))
+
+    return run
+
+  names = ("scatter2scatter", "up_projection", "down_projection_grad")
+  return SimpleNamespace(
+    **{name: interpreted(getattr(mosaic, name)) for name in names}
+  )
