@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 from scattermoe_jax._compat import current_device, has_pallas_triton
 from scattermoe_jax.kernels import composed
 from scattermoe_jax.kernels.contract import Problem
-from scattermoe_jax.kernels.schedule import tile_schedule
 from scattermoe_jax.kernels.triton.group_xty import multiply_groups
 from scattermoe_jax.kernels.triton.scatter2scatter import multiply_tiles
 from scattermoe_jax.kernels.triton.tiles import (
@@ -93,21 +92,13 @@ def scatter2scatter(
 
   @sequential_vmap
   def multiply(x, w, bias, routing):
-    rows_in = None
-    if not grouped_in:
-      rows_in = input_rows(routing, x.shape[0], grouped=False)
-    # The rows of no group are one group more, whose tiles are zeroed.
-    sizes = routing.group_sizes
-    rest = jnp.int32(num_rows) - jnp.sum(sizes, dtype=jnp.int32)
-    tiles = tile_schedule(jnp.append(sizes, rest), num_rows, config.block_m)
     return multiply_tiles(
       x,
       w,
       bias,
-      rows_in,
-      None if grouped_out else routing.scattered_ids,
-      tiles,
-      num_rows=num_rows,
+      routing,
+      grouped_in=grouped_in,
+      grouped_out=grouped_out,
       transpose_w=transpose_w,
       precision=precision,
       config=config,

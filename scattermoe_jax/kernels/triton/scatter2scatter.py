@@ -6,8 +6,8 @@
 #   rows  +--------+--------+        of one expert by block_n columns, over the
 #    e=0  | 0,0    | 0,1    |        whole contraction or, where tiles are too
 #    e=0  | 1,0    | 1,1    | short  few to fill the device, over one of split_k
-#    e=2  | 2,0    | 2,1    |        parts of it. Programs of absent tiles return
-#   none  | 3,0    | 3,1    | zeros  at once.
+#    e=2  | 2,0    | 2,1    |        parts of it. Absent tiles return at once.
+#   none  | 3,0    | 3,1    | zeros
 
 Rows are gathered as they are loaded and, where asked, scattered as they are
 stored. Source: ScatterMoE (Tan et al., 2024), scatter2scatter. Its Triton
@@ -23,22 +23,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from scattermoe_jax.kernels.schedule import TileSchedule
+from scattermoe_jax.kernels.schedule import max_tiles, tile_schedule
 from scattermoe_jax.kernels.triton.launch import launch, load, store
 from scattermoe_jax.kernels.triton.tiles import TritonConfig
+from scattermoe_jax.routing import Routing
+
+_NO_EXPERT = 2**31 - 1
 
 
 def multiply_tiles(
   x: Float[Array, "rows K"],
   w: Float[Array, "G _ _"],
   bias: Float[Array, "G N"] | None,
-  rows_in: Int[Array, " M"] | None,
-  rows_out: Int[Array, " M"] | None,
-  tiles: TileSchedule,
+  routing: Routing,
   *,
-  num_rows: int,
+  grouped_in: bool,
+  grouped_out: bool,
   transpose_w: bool,
   precision: Any,
   config: TritonConfig,
@@ -50,17 +52,17 @@ def multiply_tiles(
     x: the rows.
     w: (G, K, N), or (G, N, K) if `transpose_w`.
     bias: added to the first part.
-    rows_in: row of x that each grouped row reads; None for itself.
-    rows_out: row of y that each grouped row writes; None for itself.
-    tiles: row tiles of at most block_m rows; those of expert G are zeroed.
-    num_rows: M.
+    routing: which expert each row belongs to.
+    grouped_in: whether x is in grouped order.
+    grouped_out: whether y is.
     transpose_w: whether w is stored transposed.
     precision: of the products.
     config: blocks, warps, stages and parts.
     interpret: whether to run in the interpreter.
   """
   num_experts, d_out = w.shape[0], w.shape[1 if transpose_w else 2]
-  tiles_n = -(-d_out // config.block_n)
+  num_rows, tiles_n = routing.num_rows, -(-d_out // config.block_n)
+  tiles = _tiles(routing, config.block_m)
   shape, dtype = (num_rows, d_out), x.dtype
   if config.split_k > 1:
     shape, dtype = (config.split_k, *shape), jnp.dtype(jnp.float32)
@@ -68,33 +70,55 @@ def multiply_tiles(
     _tile,
     num_experts=num_experts,
     tiles_n=tiles_n,
+    fan_out=None if grouped_in else num_rows // x.shape[0],
+    grouped_out=grouped_out,
     transpose_w=transpose_w,
     precision=precision,
     config=config,
   )
+  uses_ids = not (grouped_in and grouped_out)
   return launch(
     body,
     {
       "x": x,
       "w": w,
       "bias": bias,
-      "rows_in": rows_in,
-      "rows_out": rows_out,
-      "experts": tiles.expert_ids,
-      "first_rows": tiles.first_rows,
-      "counts": tiles.num_rows,
+      "scattered_ids": routing.scattered_ids if uses_ids else None,
+      **tiles,
     },
     jax.ShapeDtypeStruct(shape, dtype),
-    num_programs=tiles.expert_ids.shape[0] * tiles_n * config.split_k,
+    num_programs=tiles["expert_ids"].shape[0] * tiles_n * config.split_k,
     config=config,
     interpret=interpret,
     name="scatter2scatter",
   )
 
 
+def _tiles(routing, block_m) -> dict[str, Array]:
+  """Returns what tells a program its tile: a schedule, or every row's expert.
+
+  The rows of no group are one group more, expert G, whose tiles are zeroed.
+  Where each row could be a tile, no schedule is made: a program per row finds
+  out by itself whether a tile starts there, and a decode step is launches
+  shorter.
+  """
+  num_rows, num_groups = routing.num_rows, routing.num_experts + 1
+  if num_rows <= max_tiles(num_rows, num_groups, block_m):
+    return {"expert_ids": routing.expert_ids}
+  sizes = routing.group_sizes
+  rest = jnp.int32(num_rows) - jnp.sum(sizes, dtype=jnp.int32)
+  tiles = tile_schedule(jnp.append(sizes, rest), num_rows, block_m)
+  return {
+    "expert_ids": tiles.expert_ids,
+    "first_rows": tiles.first_rows,
+    "counts": tiles.num_rows,
+  }
+
+
 def _tile(
-  gmem, y_gmem, *, num_experts, tiles_n, transpose_w, precision, config
-):
+  gmem, y_gmem, *, num_experts, tiles_n, fan_out, grouped_out, transpose_w,
+  precision, config,
+):  # fmt: skip
   """Loads the tile's ids, multiplies over its part of K, stores its rows."""
   num_rows, d_out = y_gmem.shape[-2:]
   # Columns before rows: programs that run together share the rows of x, and
@@ -102,17 +126,17 @@ def _tile(
   program = pl.program_id(0)
   part, program = _divide(program, config.split_k)
   tile_n, tile_m = _divide(program, tiles_n)
-  expert, count = gmem["experts"][tile_m], gmem["counts"][tile_m]
-  first = gmem["first_rows"][tile_m]
+  expert, first, count = _rows_of_tile(gmem, tile_m, config.block_m)
   lanes = jnp.arange(config.block_m, dtype=jnp.int32)
   cols = tile_n * config.block_n + jnp.arange(config.block_n, dtype=jnp.int32)
   live_cols = (cols < d_out) if d_out % config.block_n else None
 
   def store_rows(acc):
     rows = first + lanes
-    if "rows_out" in gmem:
+    if not grouped_out:
       # Dead lanes aim past the end, where they meet no live row.
-      rows = load(gmem["rows_out"], (rows,), lanes < count, other=num_rows)
+      ids = gmem["scattered_ids"]
+      rows = load(ids, (rows,), lanes < count, other=num_rows)
     at = (rows[:, None], cols[None, :])
     if config.split_k > 1:
       at = (part, *at)
@@ -122,8 +146,8 @@ def _tile(
   def _multiply():
     # Dead lanes repeat the last live row, which costs no traffic of their own.
     rows = first + jnp.minimum(lanes, count - 1)
-    if "rows_in" in gmem:
-      rows = load(gmem["rows_in"], (rows,))
+    if fan_out is not None:
+      rows = lax.div(load(gmem["scattered_ids"], (rows,)), jnp.int32(fan_out))
     acc = _contract(
       gmem["x"], gmem["w"], rows, expert, cols, live_cols, part,
       transpose_w=transpose_w, precision=precision, config=config,
@@ -136,6 +160,24 @@ def _tile(
   @pl.when((count > 0) & (expert == num_experts))
   def _zero():
     store_rows(jnp.zeros((config.block_m, config.block_n), jnp.float32))
+
+
+def _rows_of_tile(gmem, tile, block_m):
+  """Returns (expert, first row, rows) of a tile; no rows if it is absent."""
+  expert = gmem["expert_ids"][tile]
+  if "first_rows" in gmem:
+    return expert, gmem["first_rows"][tile], gmem["counts"][tile]
+  # The tile's number is a row. Counting the rows of lesser and of no greater
+  # experts gives its group's ends; a tile starts every block_m rows of it.
+  (num_rows,) = gmem["expert_ids"].shape
+  rows = jnp.arange(1 << (num_rows - 1).bit_length(), dtype=jnp.int32)
+  live = (rows < num_rows) if rows.size != num_rows else None
+  experts = load(gmem["expert_ids"], (rows,), live, other=_NO_EXPERT)
+  begin = jnp.sum((experts < expert).astype(jnp.int32))
+  end = jnp.sum((experts <= expert).astype(jnp.int32))
+  starts = lax.rem(tile - begin, jnp.int32(block_m)) == 0
+  count = jnp.minimum(end - tile, jnp.int32(block_m))
+  return expert, tile, jnp.where(starts, count, jnp.zeros_like(count))
 
 
 def _contract(
