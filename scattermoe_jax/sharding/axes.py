@@ -161,4 +161,5 @@ def run_on_mesh(
     out_specs=out_specs,
     axis_names=free,
   )
-  return mapped(*arguments)
+  # Outside `jax.jit`, shard_map would compile each primitive by itself.
+  return jax.jit(mapped)(*arguments)
