@@ -162,6 +162,29 @@ def write_records(
   path.write_text(f"[\n{lines}\n]\n")
 
 
+def merge_records(
+  path: pathlib.Path | str,
+  records: Sequence[Mapping[str, Any]],
+  *,
+  key: Sequence[str],
+) -> None:
+  """Adds records, with where they were made, to those of a file.
+
+  Args:
+    path: the file; made if it is not there.
+    records: the new ones.
+    key: fields by which a new record replaces an old one.
+  """
+  path = pathlib.Path(path)
+  head = environment()
+  identity = lambda record: tuple(record.get(field) for field in key)
+  old = read_records(path) if path.exists() else []
+  merged = {identity(record): record for record in old}
+  for record in records:
+    merged[identity(record)] = {**record, **head}
+  write_records(path, list(merged.values()))
+
+
 def read_records(path: pathlib.Path | str) -> list[dict[str, Any]]:
   """Returns the records of a file that `write_records` wrote."""
   return json.loads(pathlib.Path(path).read_text())

@@ -46,31 +46,29 @@ class InterpretedOps:
     ring[place] = lax.axis_index("block") + turn * self.num_blocks
 
   @staticmethod
-  def range_ids(first_row, group_first, group_end):
-    rows = first_row + jnp.arange(ROWS, dtype=jnp.int32)
-    inside = (rows >= group_first) & (rows < group_end)
-    return jnp.where(inside, rows, jnp.int32(-1))
-
-  @classmethod
-  def load_ids(cls, ids, first_row, group_first, group_end):
-    rows = cls.range_ids(first_row, group_first, group_end)
-    # One slice, so that it stays inside; then each row its own place.
-    start = jnp.clip(first_row, 0, max(ids.shape[0] - ROWS, 0))
-    window = ids[pl.ds(start, min(ROWS, ids.shape[0]))]
-    place = jnp.clip(rows - start, 0, window.shape[0] - 1)
-    return jnp.where(rows >= 0, window[place], jnp.int32(-1))
+  def range_ids(window):
+    return window[0] + jnp.arange(ROWS, dtype=jnp.int32)
 
   @staticmethod
-  def copy(source, smem, ids, *, column, width):
+  def load_ids(ids, window):
+    # One slice that stays inside; then each row its own place.
+    start = jnp.clip(window[0], 0, max(ids.shape[0] - ROWS, 0))
+    rows = ids[pl.ds(start, min(ROWS, ids.shape[0]))]
+    place = window[0] - start + jnp.arange(ROWS, dtype=jnp.int32)
+    return rows[jnp.clip(place, 0, rows.shape[0] - 1)]
+
+  @staticmethod
+  def copy(source, smem, ids, window, *, column, width):
+    first_row, group_first, group_end = window
     piece = math.gcd(width, smem.shape[-1])
     for first in range(0, smem.shape[-1], piece):
-      inside = column + first < width
-      from_column = jnp.where(inside, column + first, 0)
+      in_width = column + first < width
+      from_column = jnp.where(in_width, column + first, 0)
 
-      def copy_row(r, _, first=first, inside=inside, column=from_column):
-        row = ids[r]
-        values = source[jnp.maximum(row, 0), pl.ds(column, piece)]
-        exists = inside & (row >= 0)
+      def copy_row(r, _, first=first, in_width=in_width, column=from_column):
+        row = first_row + r
+        exists = in_width & (row >= group_first) & (row < group_end)
+        values = source[jnp.where(exists, ids[r], 0), pl.ds(column, piece)]
         smem[r, first : first + piece] = jnp.where(
           exists, values, jnp.zeros_like(values)
         )

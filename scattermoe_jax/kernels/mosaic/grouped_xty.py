@@ -184,9 +184,8 @@ def _load_tiles(plan, ops, queue, groups, left, right, scratch):
 
   def row_ids(t: Tile, k):
     """Ids of the rows of step k, for the operands that read them."""
-    first_row = t.start + k * _ROWS
     return tuple(
-      ops.load_ids(ids, first_row, t.first, t.end) if side.gathered else ()
+      ops.load_ids(ids, _window(t, k)) if side.gathered else ()
       for side, _, ids, _ in sides
     )
 
@@ -248,15 +247,16 @@ def _load_tiles(plan, ops, queue, groups, left, right, scratch):
 def _load_step(ops, side_refs, t: Tile, k, col, ids, slot, full):
   """Starts loading one operand of step k of a tile to a slot."""
   side, source, _, smem = side_refs
-  first_row = t.start + k * _ROWS
+  window = _window(t, k)
 
   def copy_rows(ids):
-    ops.copy(source, smem.at[slot], ids, column=col, width=side.width)
+    ops.copy(source, smem.at[slot], ids, window, column=col, width=side.width)
 
   if side.gathered:
     return copy_rows(ids)
   if not side.by_tma:
-    return copy_rows(ops.range_ids(first_row, t.first, t.end))
+    return copy_rows(ops.range_ids(window))
+  first_row = window[0]
   inside = (first_row >= t.first) & (first_row + _ROWS <= t.end)
 
   @pl.when(inside)
@@ -268,9 +268,13 @@ def _load_step(ops, side_refs, t: Tile, k, col, ids, slot, full):
 
   @pl.when(jnp.logical_not(inside))
   def _():
-    copy_rows(ops.range_ids(first_row, t.first, t.end))
+    copy_rows(ops.range_ids(window))
     # In place of TMA's arrival; the one after the copies is what counts.
     plgpu.barrier_arrive(full.at[slot])
+
+
+def _window(t: Tile, k):
+  return t.start + k * _ROWS, t.first, t.end
 
 
 def _multiply_tiles(plan, queue, groups, warpgroup, out, scratch):

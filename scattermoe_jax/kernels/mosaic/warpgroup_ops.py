@@ -3,9 +3,8 @@
 64 rows at a time into shared memory by cp.async, zero where there is none. For
 a contraction over rows, what lies past the group's end must be zero in both
 operands. A warpgroup's thread t of warp w holds the id of row 16 w + t % 16 of
-the step, -1 for no row; then warp w copies those 16 rows, its lanes side by
-side along a row, 16 bytes each, and cp.async writes zeros where told to read
-none:
+the step; then warp w copies those 16 rows, its lanes side by side along a row,
+16 bytes each, and cp.async writes zeros where told to read none:
 
     lane   0      1     ...                     Rows lie as wgmma wants them,
     row r  [16 B] [16 B] ... block columns      in tiles of 8 rows by 64 columns
@@ -16,6 +15,8 @@ And numbers drawn from a counter that all blocks share (`tickets`).
 The interpreter cannot run these; tests exchange them (`ops` in `grouped_xty`).
 """
 
+from typing import Any
+
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -25,45 +26,53 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 from scattermoe_jax.kernels.mosaic import layouts as lt
 
 ROWS = 64
+# 64 grouped rows of a step: (first row, first row of the group, its end).
+Window = tuple[Any, Any, Any]
 _WARP = 32
 _WARP_ROWS = 16
 _TILE_BYTES = 8 * 128
 _WINDOW = (lt.SCALAR, lt.SCALAR, lt.SCALAR)
 
 
-def load_ids(ids, first_row, group_first, group_end):
-  """Returns the ids of 64 rows from `first_row`; -1 outside of the group."""
+def load_ids(ids, window: Window):
+  """Returns this thread's id of the 64 of a window, to be used a step later.
+
+  Nothing is computed from them here: the thread would wait for memory.
+  """
 
   @plgpu.inline_mgpu(
     arg_types=(plgpu.RefType(), *_WINDOW), return_type=lt.per_thread_type(1)
   )
-  def load(_, ids, first_row, group_first, group_end):
-    row, inside = _my_row(first_row, group_first, group_end)
-    # Outside, read the id of the group's first row, which exists.
-    safe = arith.select(inside, row, lt.scalar(group_first))
-    return _masked(inside, lt.load_id(ids, safe))
+  def load(_, ids, *window):
+    row, inside = _my_row(*window)
+    # Outside, read the id of the group's first row, or of the last row if
+    # the group is empty and past them all.
+    safe = arith.select(inside, row, lt.scalar(window[1]))
+    safe = arith.minsi(safe, lt.const(ir.MemRefType(ids.type).shape[0] - 1))
+    return lt.pack([lt.load_id(ids, safe)], 1)
 
-  return load(ids, first_row, group_first, group_end)
+  return load(ids, *window)
 
 
-def range_ids(first_row, group_first, group_end):
-  """Returns the rows from `first_row` as ids; -1 outside of the group."""
+def range_ids(window: Window):
+  """Returns the rows of a window themselves as ids."""
 
   @plgpu.inline_mgpu(arg_types=_WINDOW, return_type=lt.per_thread_type(1))
-  def count(_, first_row, group_first, group_end):
-    row, inside = _my_row(first_row, group_first, group_end)
-    return _masked(inside, row)
+  def count(_, *window):
+    row, inside = _my_row(*window)
+    return lt.pack([arith.select(inside, row, lt.scalar(window[1]))], 1)
 
-  return count(first_row, group_first, group_end)
+  return count(*window)
 
 
-def copy(source, smem, ids, *, column, width):
+def copy(source, smem, ids, window: Window, *, column, width):
   """Starts copying columns [column, column + block) of the rows `ids` to smem.
 
   Args:
     source: (rows, width) in global memory, width a multiple of 8.
     smem: (64, block) in shared memory, in the layout of an operand.
-    ids: from `load_ids` or `range_ids`; -1 for zeros.
+    ids: from `load_ids` or `range_ids`, of the same window.
+    window: which of the rows are the group's; the others become zero.
     column: the first, a multiple of 8.
     width: of `source`; what lies past it becomes zero.
   """
@@ -78,9 +87,10 @@ def copy(source, smem, ids, *, column, width):
       plgpu.RefType(lt.OPERAND),
       lt.per_thread(1),
       lt.SCALAR,
+      *_WINDOW,
     ),
   )
-  def issue(_, source, smem, ids, column):
+  def issue(_, source, smem, ids, column, first_row, group_first, group_end):
     thread = lt.thread_index()
     warp = arith.shrui(thread, lt.const(5))
     lane = arith.andi(thread, lt.const(_WARP - 1))
@@ -101,19 +111,20 @@ def copy(source, smem, ids, *, column, width):
     chunk_in_tile = arith.andi(chunk, lt.const(lt.CHUNKS - 1))
     [my_id] = lt.unpack(ids)
     first = arith.divui(lane, lt.const(chunks))
+    warp_row = arith.addi(
+      lt.scalar(first_row), arith.muli(warp, lt.const(_WARP_ROWS))
+    )
     for i in range(_WARP_ROWS // rows_at_once):
       row = arith.addi(first, lt.const(i * rows_at_once))
       row_id = nvvm.shfl_sync(
         lt.const(-1), my_id, row, lt.const(_WARP - 1), nvvm.ShflKind.idx
       )
-      exists = arith.cmpi(arith.CmpIPredicate.sge, row_id, lt.const(0))
+      exists = _inside(arith.addi(warp_row, row), group_first, group_end)
       place = arith.addi(
         arith.muli(arith.divui(row, lt.const(8)), lt.const(tile_row_bytes)),
         lt.swizzled(arith.andi(row, lt.const(7)), chunk_in_tile),
       )
-      source_row = arith.muli(
-        arith.maxsi(row_id, lt.const(0)), lt.const(width // lt.CHUNK)
-      )
+      source_row = arith.muli(row_id, lt.const(width // lt.CHUNK))
       nvvm.cp_async_shared_global(
         lt.at_byte(target, place),
         lt.at_chunk(
@@ -127,7 +138,7 @@ def copy(source, smem, ids, *, column, width):
       )
     return ()
 
-  issue(source, smem, ids, lt.int32(column))
+  issue(source, smem, ids, lt.int32(column), *window)
 
 
 def commit():
@@ -177,6 +188,7 @@ def increment(counter, ring, place, turn) -> None:
 
 
 def _my_row(first_row, group_first, group_end):
+  """Returns the row of this thread's id, and whether it is the group's."""
   thread = lt.thread_index()
   warp = arith.shrui(thread, lt.const(5))
   row = arith.addi(
@@ -186,12 +198,11 @@ def _my_row(first_row, group_first, group_end):
       arith.andi(thread, lt.const(_WARP_ROWS - 1)),
     ),
   )
-  inside = arith.andi(
+  return row, _inside(row, group_first, group_end)
+
+
+def _inside(row: ir.Value, group_first, group_end) -> ir.Value:
+  return arith.andi(
     arith.cmpi(arith.CmpIPredicate.sge, row, lt.scalar(group_first)),
     arith.cmpi(arith.CmpIPredicate.slt, row, lt.scalar(group_end)),
   )
-  return row, inside
-
-
-def _masked(inside: ir.Value, row: ir.Value):
-  return lt.pack([arith.select(inside, row, lt.const(-1))], 1)

@@ -1,0 +1,54 @@
+"""Every benchmark runs, on a CPU, on a problem too small to mean anything."""
+
+import json
+
+import pytest
+
+from benchmarks import bench_ops, shapes, timing
+
+
+def test_time_interleaved_times_every_variant():
+  calls = []
+  variants = {name: lambda name=name: calls.append(name) for name in "ab"}
+  taken = timing.time_interleaved(variants, samples=3, sample_ms=0.0)
+  assert set(taken) == {"a", "b"}
+  assert all(t.ms_p20 <= t.ms_median <= t.ms_p80 for t in taken.values())
+  assert calls.count("a") == calls.count("b") == 3 + 3
+
+
+def test_merge_records_replaces_by_key(tmp_path):
+  path = tmp_path / "device" / "bench.json"
+  first = [{"op": "up", "ms": 2.0}, {"op": "down", "ms": 3.0}]
+  timing.merge_records(path, first, key=("op",))
+  timing.merge_records(path, [{"op": "up", "ms": 1.0}], key=("op",))
+  merged = {r["op"]: r for r in json.loads(path.read_text())}
+  assert {op: r["ms"] for op, r in merged.items()} == {"up": 1.0, "down": 3.0}
+  assert {"device", "jax", "command", "commit", "date"} <= set(merged["up"])
+
+
+@pytest.mark.parametrize("routing", shapes.ROUTINGS)
+def test_expert_ids_are_distinct(routing):
+  ids = shapes.expert_ids(shapes.SHAPES["tiny"], routing)
+  assert ids.shape == (48, 2)
+  assert all(len(set(row)) == 2 for row in ids.tolist())
+
+
+def test_bench_ops_checks_and_records():
+  records = bench_ops.main(
+    ["--shapes", "tiny", "--routings", "zipf", "--implementations", "xla"]
+    + ["--samples", "2", "--sample-ms", "0"]
+  )
+  assert {r["op"] for r in records} == set(bench_ops.OPS)
+  assert {r["implementation"] for r in records} == {"xla", "dense"}
+  for field in ("ms_median", "ms_p20", "ms_p80", "tflops", "of_dense"):
+    assert all(r[field] > 0 for r in records), field
+
+
+def test_bench_ops_refuses_a_wrong_product(monkeypatch):
+  wrong = bench_ops.compute
+  monkeypatch.setattr(bench_ops, "compute", lambda *args: 2 * wrong(*args))
+  with pytest.raises(AssertionError, match="off by"):
+    bench_ops.main(
+      ["--shapes", "tiny", "--routings", "even", "--ops", "dw_up"]
+      + ["--implementations", "xla", "--samples", "2"]
+    )
