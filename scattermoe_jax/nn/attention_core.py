@@ -81,7 +81,8 @@ class KVCache(NamedTuple):
     """Returns the cache with L more slots written."""
 
     def write(slots, new):
-      start = (0, self.length) + (0,) * (slots.ndim - 2)
+      zero = jnp.zeros_like(self.length)
+      start = (zero, self.length) + (zero,) * (slots.ndim - 2)
       return lax.dynamic_update_slice(slots, new.astype(slots.dtype), start)
 
     return KVCache(
@@ -127,7 +128,8 @@ def attend(
       (gpt-oss).
     scale: of the logits; None for d_head^-0.5.
     implementation: "cudnn" or "xla", as `jax.nn.dot_product_attention` has it;
-      None for cuDNN's flash attention on a GPU that has it, else XLA.
+      None for cuDNN's flash attention on a GPU that has it, else XLA (whose
+      backward in bfloat16 needs JAX's standard dtype promotion).
 
   Returns:
     (B, L, N, d_head) in the dtype of the queries, and the cache (None if none

@@ -1,5 +1,7 @@
 """A linear layer with one matrix per expert."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
@@ -7,6 +9,7 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Float
 
+from scattermoe_jax.nn.lora import adapted_parallel_linear
 from scattermoe_jax.ops import parallel_linear
 from scattermoe_jax.routing import Routing
 
@@ -18,8 +21,8 @@ class ParallelLinear(nn.Module):
   """Multiplies each row by its expert's matrix: `nn.Dense` for routed rows.
 
   To name the axes of a parameter for a mesh, wrap its initializer:
-  `kernel_init=nn.with_logical_partitioning(default_kernel_init,
-  ("expert", "embed", "mlp"))`.
+  `kernel_init=nn.with_logical_partitioning(
+  nn.initializers.lecun_normal(batch_axis=0), ("expert", "embed", "mlp"))`.
 
   Attributes:
     features: n, the width of a row written.
@@ -75,7 +78,13 @@ class ParallelLinear(nn.Module):
         self.param_dtype,
       )
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-    return parallel_linear(
+    linear = parallel_linear
+    if self.has_variable("params", "lora"):
+      adapters = self.get_variable("params", "lora")
+      linear = functools.partial(
+        adapted_parallel_linear, adapter=adapters.get("kernel")
+      )
+    return linear(
       x,
       kernel,
       routing,

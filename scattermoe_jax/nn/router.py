@@ -282,8 +282,13 @@ def update_selection_bias(
 
     bias[e] += rate * sign(mean load - load[e])
 
-  To be called in the train step, outside the gradient, with the counts of the
-  whole batch, and written back to the collection "router_state".
+  Args:
+    selection_bias: of one layer, or stacked over layers.
+    tokens_per_expert: of the whole batch, `SMoEMetrics.tokens_per_expert`.
+    rate: of the change.
+
+  To be called in the train step, outside the gradient, and written back to the
+  collection "router_state".
   Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; rate 1e-3 there.
   """
   load = tokens_per_expert.astype(selection_bias.dtype)

@@ -1,5 +1,6 @@
 """The sparse Mixture-of-Experts MLP: experts alone, and with their router."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scattermoe_jax.nn.dense_mlp import DenseMLP
+from scattermoe_jax.nn.lora import adapted_smoe_mlp
 from scattermoe_jax.nn.parallel_linear import default_kernel_init
 from scattermoe_jax.nn.router import (
   Router,
@@ -130,7 +132,16 @@ class SMoEMLP(nn.Module):
       routing = expert_ids
     else:
       routing = route(expert_ids.reshape(-1, top_k), num_experts)
-    y = smoe_mlp(
+    if self.has_variable("params", "lora"):
+      adapters = self.get_variable("params", "lora")
+      experts = functools.partial(
+        adapted_smoe_mlp,
+        adapter_in=adapters.get("w_gate_up" if self.gated else "w_in"),
+        adapter_out=adapters.get("w_out"),
+      )
+    else:
+      experts = functools.partial(smoe_mlp, num_chunks=self.num_chunks)
+    y = experts(
       x.reshape(-1, d),
       gates.reshape(-1, top_k),
       routing,
@@ -139,7 +150,6 @@ class SMoEMLP(nn.Module):
       bias_in=bias_in,
       bias_out=bias_out,
       activation=self.activation,
-      num_chunks=self.num_chunks,
       precision=self.precision,
       implementation=self.implementation,
     )
@@ -306,7 +316,12 @@ class SMoEBlock(nn.Module):
 def route_with_metrics(
   routed: RouterOutput, mask: Bool[Array, " T"] | None = None
 ) -> tuple[Routing, SMoEMetrics]:
-  """Returns the routing of a router's choices, masked tokens to no expert."""
+  """Returns the routing of a router's choices, and what it reports.
+
+  Args:
+    routed: of `Router`.
+    mask: True where the token is real; the others go to no expert.
+  """
   num_experts = routed.logits.shape[1]
   expert_ids = routed.expert_ids
   if mask is not None:

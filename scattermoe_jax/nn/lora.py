@@ -1,0 +1,243 @@
+"""Low-rank adapters on expert weights: each expert has its own A and B.
+
+  y = x W_e + (x A_e) B_e          A_e (d, r), B_e (r, n), W frozen
+
+Two more grouped products of width r, of the same routing. Adapters lie in the
+tree of parameters, beside the weight they adapt, under "lora":
+
+  params["layer_0"]["ffn"]["experts"]["lora"]["w_gate_up"]["a"]   (E, d, r)
+
+`SMoEMLP` and `ParallelLinear` use them where they are, so a model needs no
+change; a train step takes gradients of the adapters alone:
+
+  adapters = init_adapters(key, params, rank=8)
+  loss = lambda adapters: f(model.apply({"params": with_adapters(params,
+                                                                 adapters)}, x))
+
+The usual factor alpha / r is part of B.
+Source: LoRA (Hu et al., 2021, arXiv 2106.09685), section 4.1.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
+from jaxtyping import Array, Float
+
+from scattermoe_jax.ops import (
+  Activation,
+  combine,
+  parallel_linear,
+)
+from scattermoe_jax.ops.activations import get_activation
+from scattermoe_jax.routing import Routing
+
+Tree = Any
+
+EXPERT_WEIGHTS = ("w_gate_up", "w_in", "w_out")
+
+
+def init_adapters(
+  key: Array,
+  params: Tree,
+  *,
+  rank: int,
+  targets: Sequence[str] = EXPERT_WEIGHTS,
+) -> Tree:
+  """Returns adapters that change nothing yet: A random, B zero.
+
+  Args:
+    key: of the random numbers.
+    params: the weights to adapt.
+    rank: r.
+    targets: names of weights; those of three axes are adapted. Add "kernel" for
+      the query and output experts of a mixture of attention.
+
+  Returns:
+    A tree with "a" (E, d, r) and "b" (E, r, n) for each of them, in the dtype
+    of the weight.
+
+  Raises:
+    ValueError: if no weight has such a name, or the rank is below 1.
+  """
+  if rank < 1:
+    raise ValueError(f"init_adapters: rank must be at least 1, got {rank}.")
+  weights = {
+    path: w
+    for path, w in flatten_dict(params).items()
+    if path[-1] in targets and w.ndim == 3
+  }
+  if not weights:
+    raise ValueError(
+      f"init_adapters: the parameters have no expert weight named {targets}."
+    )
+  init_a = jax.nn.initializers.lecun_normal(batch_axis=0)
+  keys = jax.random.split(key, len(weights))
+  adapters = {}
+  for (path, w), w_key in zip(weights.items(), keys, strict=True):
+    num_experts, d_in, d_out = w.shape
+    place = (*path[:-1], "lora", path[-1])
+    adapters[(*place, "a")] = init_a(w_key, (num_experts, d_in, rank), w.dtype)
+    adapters[(*place, "b")] = jnp.zeros((num_experts, rank, d_out), w.dtype)
+  return unflatten_dict(adapters)
+
+
+def with_adapters(params: Tree, adapters: Tree) -> Tree:
+  """Returns the parameters with adapters beside the weights, those frozen."""
+  frozen = flatten_dict(lax.stop_gradient(params))
+  return unflatten_dict(frozen | flatten_dict(adapters))
+
+
+def merge(params: Tree, adapters: Tree) -> tuple[Tree, Tree]:
+  """Returns (merged, remainder): W + A B in place of W, rounded once.
+
+  Args:
+    params: the weights.
+    adapters: of some of them.
+
+  Returns:
+    Parameters for a model without adapters; and, for `unmerge`, the bits in
+    which the adapted weights differ from the old, as large as they are. (The
+    rounding of W + A B forgets bits of W, so that subtracting A B again would
+    not give W.)
+  """
+  merged, remainder = flatten_dict(params), {}
+  for path, (a, b) in _pairs(adapters).items():
+    w = merged[path]
+    merged[path] = _add_product(w, a, b)
+    remainder[path] = _bits(w) ^ _bits(merged[path])
+  return unflatten_dict(merged), unflatten_dict(remainder)
+
+
+def unmerge(merged: Tree, remainder: Tree) -> Tree:
+  """Returns the parameters before `merge`, bit for bit."""
+  params = flatten_dict(merged)
+  for path, bits in flatten_dict(remainder).items():
+    w = params[path]
+    params[path] = lax.bitcast_convert_type(_bits(w) ^ bits, w.dtype)
+  return unflatten_dict(params)
+
+
+def adapted_smoe_mlp(
+  x: Float[Array, "T d"],
+  gates: Float[Array, "T k"],
+  routing: Routing,
+  w_in: Float[Array, "E d m"],
+  w_out: Float[Array, "E n d"],
+  *,
+  adapter_in: Tree | None,
+  adapter_out: Tree | None,
+  bias_in: Float[Array, "E m"] | None = None,
+  bias_out: Float[Array, "E d"] | None = None,
+  activation: str | Activation = "silu",
+  precision: lax.PrecisionLike = None,
+  implementation: str | None = None,
+) -> Float[Array, "T d"]:
+  """Returns `scattermoe_jax.smoe_mlp` of weights with adapters.
+
+  Its residuals are those of the four to six products, (S, n) and (S, d): the
+  fused op's algorithm has no place for a second pair of factors.
+
+  Args:
+    x: tokens.
+    gates: the weight of each choice.
+    routing: from `route`.
+    w_in: (E, d, n), or (E, d, 2n) with the gate half first.
+    w_out: (E, n, d).
+    adapter_in: "a" and "b" of w_in, or None.
+    adapter_out: of w_out, or None.
+    bias_in: see `smoe_mlp`, as the rest.
+    bias_out: see there.
+    activation: see there.
+    precision: see there.
+    implementation: see there.
+  """
+  linear = functools.partial(
+    adapted_parallel_linear,
+    grouped_out=True,
+    precision=precision,
+    implementation=implementation,
+  )
+  gated = w_in.shape[2] == 2 * w_out.shape[1]
+  h = linear(x, w_in, routing, adapter=adapter_in, bias=bias_in)
+  a = get_activation(activation, gated=gated).apply(h)
+  y = linear(
+    a, w_out, routing, adapter=adapter_out, bias=bias_out, grouped_in=True
+  )
+  return combine(y, gates, routing)
+
+
+def adapted_parallel_linear(
+  x: Float[Array, "rows d"],
+  w: Float[Array, "E d n"],
+  routing: Routing,
+  *,
+  adapter: Tree | None,
+  bias: Float[Array, "E n"] | None = None,
+  grouped_in: bool = False,
+  grouped_out: bool = False,
+  precision: lax.PrecisionLike = None,
+  implementation: str | None = None,
+) -> Float[Array, "S n"]:
+  """Returns x W_e + (x A_e) B_e for each row, e its expert.
+
+  Args:
+    x: see `scattermoe_jax.parallel_linear`, as all but the adapter.
+    w: see there.
+    routing: see there.
+    adapter: "a" (E, d, r) and "b" (E, r, n), or None.
+    bias: see there.
+    grouped_in: see there.
+    grouped_out: see there.
+    precision: see there.
+    implementation: see there.
+  """
+  linear = functools.partial(
+    parallel_linear,
+    routing=routing,
+    grouped_out=grouped_out,
+    precision=precision,
+    implementation=implementation,
+  )
+  y = linear(x, w, bias=bias, grouped_in=grouped_in)
+  if adapter is None:
+    return y
+  xa = parallel_linear(
+    x,
+    adapter["a"].astype(x.dtype),
+    routing,
+    grouped_in=grouped_in,
+    grouped_out=True,
+    precision=precision,
+    implementation=implementation,
+  )
+  return y + linear(xa, adapter["b"].astype(x.dtype), grouped_in=True)
+
+
+def _pairs(adapters: Tree) -> dict[tuple[str, ...], tuple[Array, Array]]:
+  """Returns (A, B) by the path of the weight."""
+  flat = flatten_dict(adapters)
+  return {
+    (*path[:-3], path[-2]): (a, flat[(*path[:-1], "b")])
+    for path, a in flat.items()
+    if path[-1] == "a"
+  }
+
+
+def _add_product(w, a, b):
+  wide = jnp.float64 if w.dtype == jnp.float64 else jnp.float32
+  product = jnp.einsum(
+    "edr,ern->edn",
+    a.astype(wide),
+    b.astype(wide),
+    precision=lax.Precision.HIGHEST,
+  )
+  return (w.astype(wide) + product).astype(w.dtype)
+
+
+def _bits(w: Array) -> Array:
+  return lax.bitcast_convert_type(w, f"uint{8 * w.dtype.itemsize}")
