@@ -33,29 +33,37 @@ class SingleRows(NamedTuple):
 
   def locate(self, ids, first, num_rows, block_rows):
     last = jnp.minimum(first + jnp.maximum(num_rows - 1, 0), ids.shape[0] - 1)
-    rows = [jnp.minimum(first + row, last) for row in range(block_rows)]
-    return jnp.stack([ids[row] for row in rows])
+
+    def locate_row(row, places):
+      return places.at[row].set(ids[jnp.minimum(first + row, last)])
+
+    places = jnp.zeros((block_rows,), jnp.int32)
+    return lax.fori_loop(0, block_rows, locate_row, places)
 
   def load(self, x, x_smem, places, column, barrier):
-    for row in range(places.shape[0]):
+    def load_row(row, _):
       plgpu.copy_gmem_to_smem(
         x.at[pl.ds(places[row], 1), pl.ds(column, 64)],
         x_smem.at[pl.ds(row, 1)],
         barrier,
       )
 
+    lax.fori_loop(0, places.shape[0], load_row, None)
+
   def arrive(self, barrier, in_flight):
     pass
 
-  def store(self, y_smem, y, places, column, begin, end):
+  def locate_out(self, ids, row, block_rows):
+    if ids is None:
+      return row + jnp.arange(block_rows, dtype=jnp.int32)
+    return self.locate(ids, row, block_rows, block_rows)
+
+  def store(self, values, y, places, column, begin, end):
     def store_row(row, _):
-      plgpu.copy_smem_to_gmem(
-        y_smem.at[pl.ds(row, 1)],
-        y.at[pl.ds(places[row], 1), pl.ds(column, 64)],
-      )
+      chunk = lax.dynamic_slice_in_dim(values, row, 1)
+      y[pl.ds(places[row], 1), pl.ds(column, 64)] = chunk
 
     lax.fori_loop(begin, end, store_row, None)
-    plgpu.wait_smem_to_gmem(0)
 
 
 def mosaic_interpreted(config: TileConfig = SMALL, **params) -> SimpleNamespace:

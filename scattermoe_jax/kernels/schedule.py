@@ -144,7 +144,7 @@ class _Groups(NamedTuple):
   tile_ends: Int[Array, " G"]
 
 
-def _groups(group_sizes, block_m: int, align: int) -> _Groups:
+def _groups(group_sizes: Int[Array, " G"], block_m: int, align: int) -> _Groups:
   ends = jnp.cumsum(group_sizes).astype(jnp.int32)
   starts = ends - group_sizes
   aligned = starts - starts % jnp.int32(align)
@@ -153,7 +153,9 @@ def _groups(group_sizes, block_m: int, align: int) -> _Groups:
   return _Groups(starts, ends, aligned, tiles, tile_ends)
 
 
-def _with_ungrouped(group_sizes, num_rows: int) -> Int[Array, " E+1"]:
+def _with_ungrouped(
+  group_sizes: Int[Array, " E"], num_rows: int
+) -> Int[Array, " E+1"]:
   group_sizes = group_sizes.astype(jnp.int32)
   ungrouped = jnp.int32(num_rows) - jnp.sum(group_sizes, dtype=jnp.int32)
   return jnp.concatenate([group_sizes, ungrouped[None]])

@@ -43,8 +43,8 @@ _PRODUCER = 2  # index of the warpgroup that loads
 # One k-step of cp.async is in flight while the next is issued.
 _IN_FLIGHT = 1
 # Registers of a thread: 64 Ki for 384 threads, mostly for the accumulators.
-_PRODUCER_REGISTERS = 72
-_CONSUMER_REGISTERS = 216
+_PRODUCER_REGISTERS = 56
+_CONSUMER_REGISTERS = 224
 
 
 class Tile(NamedTuple):
@@ -155,7 +155,7 @@ def multiply(
     tiles, refs = refs[:5], refs[5:]
     extra, refs = refs[: len(operands)], refs[len(operands) :]
     outs, refs = refs[: len(out_types)], refs[len(out_types) :]
-    x_smem, w_smem, full, empty, *scratch = refs
+    x_smem, w_smem, full, empty = refs
     warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_index("block")
     num_tiles_m = tiles[4][0]
@@ -342,15 +342,14 @@ def multiply(
           plgpu.barrier_wait(full.at[slot])
           part_rows = pl.ds(part, plan.part_m)
           yield x_smem.at[slot, part_rows], w_smem.at[slot, 0, part_rows]
+          # TMA may write only after all threads have read.
+          plgpu.commit_smem()
           plgpu.barrier_arrive(empty.at[slot])
 
-        epilogue.store(
-          plan, accs, tile, extra, outs, scratch, rows=rows, loaded=loaded
-        )
+        epilogue.store(plan, accs, tile, extra, outs, rows, loaded)
         return step + epilogue.num_loads(plan), soon
 
       lax.fori_loop(0, mine, multiply_tile, (jnp.int32(0), entry(0)))
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   operands = epilogue.operands(plan)
   out_types = [
@@ -378,7 +377,6 @@ def multiply(
       ),
       plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
       plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
-      *epilogue.scratch_types(plan),
     ],
     grid=(config.num_sms,),
     grid_names=("block",),
