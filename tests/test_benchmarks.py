@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import bench_ops, shapes, timing
+from benchmarks import bench_mlp, bench_ops, peers, shapes, timing
 
 
 def test_time_interleaved_times_every_variant():
@@ -52,3 +52,38 @@ def test_bench_ops_refuses_a_wrong_product(monkeypatch):
       ["--shapes", "tiny", "--routings", "even", "--ops", "dw_up"]
       + ["--implementations", "xla", "--samples", "2"]
     )
+
+
+def test_bench_mlp_checks_and_records():
+  implementations = ["scattermoe_jax", "composed", "dense"]
+  records = bench_mlp.main(
+    ["--shapes", "tiny", "--backend", "xla", "--samples", "2"]
+    + ["--sample-ms", "0", "--implementations", *implementations]
+  )
+  assert [r["implementation"] for r in records] == 2 * implementations
+  step = {r["implementation"]: r for r in records[3:]}
+  # h (S, 2n) in bfloat16 and ids; the composition keeps more.
+  assert 0 < step["scattermoe_jax"]["held_mib"] < step["composed"]["held_mib"]
+  assert step["scattermoe_jax"]["peak_mib"] > 0
+
+
+def test_bench_mlp_refuses_a_wrong_layer(monkeypatch):
+  right = bench_mlp.smoe_mlp
+  wrong = lambda *args, **kwargs: -right(*args, **kwargs)
+  monkeypatch.setattr(bench_mlp, "smoe_mlp", wrong)
+  with pytest.raises(AssertionError, match="y: off by"):
+    bench_mlp.main(
+      ["--shapes", "tiny", "--backend", "xla", "--samples", "2"]
+      + ["--implementations", "scattermoe_jax", "--directions", "forward"]
+    )
+
+
+@pytest.mark.parametrize("peer", peers.PEERS)
+def test_absent_peers_are_skipped_with_a_word(peer, capsys):
+  records = bench_mlp.main(
+    ["--shapes", "tiny", "--implementations", peer, "--samples", "2"]
+    + ["--directions", "forward"]
+  )
+  assert records == []
+  said = capsys.readouterr().out
+  assert "not installed" in said or "no GPU" in said

@@ -1,0 +1,49 @@
+"""SonicMoE (Guo et al., 2025): its autograd functions, after the router."""
+
+import jax.numpy as jnp
+
+from benchmarks.peers import Step, torch_step
+
+
+def build(shape, data, direction: str) -> Step:
+  """Returns the step: sort of the ids, up-projection, down-projection.
+
+  Its weights are (2n, d, E) and (d, n, E) with the expert outermost in memory;
+  `concat_layout` puts the gate half first, as ours.
+  """
+  import torch
+  from sonicmoe.enums import ActivationType
+  from sonicmoe.functional import (
+    TC_topk_router_metadata_triton,
+    _DownProjection,
+    _UpProjection,
+  )
+
+  x, gates, dy, ids = map(
+    torch_step.to_torch, (data.x, data.gates, data.dy, data.expert_ids)
+  )
+  w_in, w_out = (
+    torch_step.to_torch(jnp.swapaxes(w, 1, 2)).permute(1, 2, 0)
+    for w in (data.w_in, data.w_out)
+  )
+  rows, experts, k = shape.num_rows, shape.num_experts, shape.top_k
+
+  def forward():
+    empty = lambda size: torch.empty(size, dtype=torch.int32, device=x.device)
+    frequency, offsets = empty(experts), empty(experts + 1)
+    gather, scatter, reverse = empty(rows), empty(rows), empty(rows)
+    TC_topk_router_metadata_triton(
+      ids, experts, frequency, offsets, gather, scatter, reverse
+    )
+    orders = (gather, scatter, reverse, None, False)
+    inference = direction == "forward"
+    a, h = _UpProjection.apply(
+      x, w_in, None, offsets, rows, k, *orders, ActivationType.SWIGLU,
+      inference, True,
+    )  # fmt: skip
+    return _DownProjection.apply(
+      a, h, w_out, None, gates, offsets, shape.num_tokens, k, *orders,
+      ActivationType.SWIGLU,
+    )  # fmt: skip
+
+  return torch_step.make_step(forward, [x, gates, w_in, w_out], dy, direction)

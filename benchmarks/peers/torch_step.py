@@ -1,0 +1,70 @@
+"""A step of a torch layer, timed as if it were JAX's."""
+
+import jax
+
+from benchmarks.peers import Absent, Step
+
+
+class Results:
+  """A torch step's results, which `jax.block_until_ready` knows to await."""
+
+  def __init__(self, *tensors):
+    self.tensors = tensors
+
+  def block_until_ready(self):
+    """Waits for all that the device has been given."""
+    import torch
+
+    torch.cuda.synchronize()
+    return self
+
+  def to_jax(self) -> list[jax.Array]:
+    """Returns the results as JAX arrays."""
+    self.block_until_ready()
+    return [jax.dlpack.from_dlpack(t.contiguous()) for t in self.tensors]
+
+
+def to_torch(array):
+  """Returns the JAX array as a torch tensor on the same GPU, uncopied.
+
+  Raises:
+    Absent: if there is no GPU that torch can use.
+  """
+  import torch
+
+  if not torch.cuda.is_available():
+    raise Absent("torch has no GPU here")
+  return torch.from_dlpack(jax.block_until_ready(array))
+
+
+def make_step(forward, given, dy, direction: str) -> Step:
+  """Returns a step of `forward()`.
+
+  Args:
+    forward: returns y.
+    given: the tensors whose gradients are wanted, x and the gates first.
+    dy: the gradient of y.
+    direction: "forward" or "forward+backward".
+  """
+  import torch
+
+  for tensor in given:
+    tensor.requires_grad_(direction != "forward")
+
+  def step():
+    if direction == "forward":
+      with torch.no_grad():
+        return Results(forward())
+    y = forward()
+    return Results(y.detach(), *torch.autograd.grad(y, given, dy))
+
+  step().block_until_ready()
+  torch.cuda.reset_peak_memory_stats()
+  before = torch.cuda.memory_allocated()
+  step().block_until_ready()
+  peak = torch.cuda.max_memory_allocated() - before
+  if direction == "forward":
+    return Step(step, peak)
+  y = forward()
+  held = torch.cuda.memory_allocated() - before - y.nbytes
+  return Step(step, peak, held)
