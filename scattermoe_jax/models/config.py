@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from scattermoe_jax.nn import RopeScaling
+from scattermoe_jax.nn import ACTIVATIONS, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ModelConfig:
   num_heads: int = 4
   num_kv_heads: int = 4
   head_dim: int = 32
-  attention_experts: int = 8
-  attention_top_k: int = 2
+  attention_experts: int = 12
+  attention_top_k: int = 3
   attention_scoring: str = "top_k_softmax"
   attention_bias: bool = False  # On all four projections: gpt-oss.
   attention_sinks: bool = False  # A learned logit that takes weight: gpt-oss.
@@ -38,7 +38,9 @@ class ModelConfig:
   qk_norm: str | None = None  # "head": Qwen3. "vector", over all heads: OLMoE.
   clip_qkv: float | None = None  # OLMoE's first release.
   sliding_window: int | None = None  # Tokens seen, with oneself: gpt-oss.
-  sliding_layers: tuple[int, ...] | None = None  # None: all. gpt-oss: even ones.
+  sliding_layers: tuple[int, ...] | None = (
+    None  # None: all. gpt-oss: even ones.
+  )
 
   rope_theta: float = 10_000.0
   rope_scaling: RopeScaling | None = None  # YaRN: gpt-oss.
@@ -55,7 +57,9 @@ class ModelConfig:
   activation: str = "silu"  # "clamped_swiglu": gpt-oss.
   gated: bool = True
   expert_bias: bool = False  # gpt-oss.
-  d_shared: int = 0  # A dense MLP beside the experts: DeepSeek, GraniteMoeShared.
+  d_shared: int = (
+    0  # A dense MLP beside the experts: DeepSeek, GraniteMoeShared.
+  )
   shared_gate: bool = False  # A sigmoid on its output: Qwen2.
 
   # Router: "top_k_softmax" (Granite, JetMoE, gpt-oss), "softmax_top_k" (OLMoE),
@@ -143,6 +147,17 @@ def _check(config: ModelConfig) -> None:
   _check_choice(config, "attention", ("mha", "moa"))
   _check_choice(config, "ffn", ("moe", "dense"))
   _check_choice(config, "qk_norm", (None, "head", "vector"))
+  _check_choice(config, "activation", ACTIVATIONS)
+  for name in ("vocab_size", "d_model", "num_layers", "num_kv_heads", "top_k"):
+    if getattr(config, name) < 1:
+      raise ValueError(
+        f"ModelConfig: {name} must be at least 1, got {getattr(config, name)}."
+      )
+  if any(not 0 <= layer < config.num_layers for layer in config.dense_layers):
+    raise ValueError(
+      f"ModelConfig: dense_layers = {config.dense_layers} names a layer that "
+      f"is not there; there are {config.num_layers} layers."
+    )
   if config.num_heads % config.num_kv_heads:
     raise ValueError(
       f"ModelConfig: num_heads = {config.num_heads} is not a multiple of "

@@ -8,6 +8,18 @@ from typing import Any, get_args
 from scattermoe_jax.models.config import ModelConfig
 from scattermoe_jax.models.training import TrainConfig
 
+# With --attention moa: three of twelve experts with two heads each have the
+# active parameters of the demo's four dense heads.
+_ATTENTION = {
+  "mha": {},
+  "moa": {
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "attention_top_k": 3,
+    "attention_experts": 12,
+  },
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -81,7 +93,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     action="append",
     help="a field of ModelConfig, such as num_experts=16; may be repeated",
   )
-  parser.add_argument("--attention", choices=("mha", "moa"))
+  parser.add_argument(
+    "--attention",
+    choices=tuple(_ATTENTION),
+    help="dense, or a mixture of as many active parameters; --set refines it",
+  )
   parser.add_argument(
     "--no-twin", dest="twin", action="store_false", help="no dense twin"
   )
@@ -97,9 +113,10 @@ def apply_flags(config: RunConfig, flags: argparse.Namespace) -> RunConfig:
     ValueError: if a field is unknown, or a value does not fit.
   """
   given = vars(flags)
-  model = dict(_parse_field(text) for text in given.get("set", []))
+  model = {}
   if "attention" in given:
-    model["attention"] = given["attention"]
+    model = {"attention": given["attention"], **_ATTENTION[given["attention"]]}
+  model |= dict(_parse_field(text) for text in given.get("set", []))
   return dataclasses.replace(
     config,
     model=ModelConfig.from_dict({**config.model.to_dict(), **model}),

@@ -124,7 +124,9 @@ def plot_expert_load(
   right.axhline(1, color=_INK, lw=0.9, ls=(0, (4, 3)))
   right.set_ylim(bottom=0.9)
   right.set_xlabel("training step")
-  right.set_title("the busiest expert of each layer, in fair shares", fontsize=10)
+  right.set_title(
+    "the busiest expert of each layer, in fair shares", fontsize=10
+  )
   if layers <= 12:
     right.legend(frameon=False, fontsize=8, ncols=2)
   figure.suptitle(title, x=0.01, ha="left", fontsize=11)

@@ -1,9 +1,9 @@
 """A run's folder: its config, metrics, checkpoints; nothing is overwritten.
 
-  config.json         what was asked for, and a fingerprint of the data
-  metrics.jsonl       one line a step, and one a validation
-  checkpoints/NAME/   the last two of each model, by orbax
-  loss.png  experts.png  sample.txt  summary.json
+config.json         what was asked for, and a fingerprint of the data
+metrics.jsonl       one line a step, and one a validation
+checkpoints/NAME/   the last two of each model, by orbax
+loss.png  experts.png  sample.txt  summary.json
 """
 
 import fcntl
@@ -68,9 +68,9 @@ class RunFolder:
     try:
       return json.loads(file.read_text())
     except json.JSONDecodeError as error:
-      raise RunError(f"--resume {path}: config.json is damaged: {error}.") from (
-        error
-      )
+      raise RunError(
+        f"--resume {path}: config.json is damaged: {error}."
+      ) from (error)
 
   def log(self, **values: Any) -> None:
     """Appends a line to metrics.jsonl."""

@@ -1,6 +1,6 @@
 """The loss, the optimizer and the train step, as pure functions.
 
-  loss = cross entropy + balance_coef * balance + z_coef * z
+loss = cross entropy + balance_coef * balance + z_coef * z
 """
 
 import dataclasses
@@ -72,19 +72,21 @@ class TrainConfig:
 
 
 class TrainState(NamedTuple):
-  """All that a step changes.
+  """All that a step reads and, but for what is frozen, changes.
 
   Attributes:
     step: updates so far.
     params: what is trained.
     router_state: the selection biases of sigmoid routers; else empty.
     opt_state: the optimizer's.
+    frozen: weights that stay, under adapters; else empty.
   """
 
   step: Int[Array, ""]
   params: Tree
   router_state: Tree
   opt_state: Tree
+  frozen: Tree
 
 
 class StepMetrics(NamedTuple):
@@ -133,7 +135,10 @@ def init_state(
 
 
 def start_state(
-  optimizer: optax.GradientTransformation, params: Tree, router_state: Tree
+  optimizer: optax.GradientTransformation,
+  params: Tree,
+  router_state: Tree,
+  frozen: Tree = None,
 ) -> TrainState:
   """Returns the state that trains the given parameters from step 0."""
   return TrainState(
@@ -141,6 +146,7 @@ def start_state(
     params=params,
     router_state=router_state,
     opt_state=optimizer.init(params),
+    frozen=frozen,
   )
 
 
@@ -148,7 +154,7 @@ def make_train_step(
   model: Transformer,
   optimizer: optax.GradientTransformation,
   config: TrainConfig,
-  params_of: Callable[[Tree], Tree] = lambda trained: trained,
+  params_of: Callable[[Tree, Tree], Tree] = lambda trained, frozen: trained,
 ) -> Callable[[TrainState, Array], tuple[TrainState, StepMetrics]]:
   """Returns the pure function (state, batch) -> (state, metrics).
 
@@ -156,12 +162,13 @@ def make_train_step(
     model: the model.
     optimizer: from `make_optimizer`.
     config: how to train.
-    params_of: makes the model's parameters of the trained ones, for adapters
-      over frozen weights.
+    params_of: makes the model's parameters of the trained and the frozen ones,
+      for adapters.
   """
 
-  def loss_fn(trained, router_state, batch, key):
-    variables = {"params": params_of(trained), "router_state": router_state}
+  def loss_fn(trained, frozen, router_state, batch, key):
+    params = params_of(trained, frozen)
+    variables = {"params": params, "router_state": router_state}
     return total_loss(model, variables, batch, config, key)
 
   def train_step(state: TrainState, batch: Int[Array, "B L+1"]):
@@ -170,7 +177,7 @@ def make_train_step(
       jax.grad(loss_fn, has_aux=True), state, batch, key, config.accumulate
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    state = TrainState(
+    state = state._replace(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       router_state=_balance(state.router_state, metrics.routers, config),
@@ -259,16 +266,17 @@ def count_active_params(params: Tree, model: Transformer) -> int:
 
 def _accumulate(grad_fn, state, batch, key, parts):
   """Returns the mean of gradients and metrics over equal parts of a batch."""
+  given = (state.params, state.frozen, state.router_state)
   if parts == 1:
-    return grad_fn(state.params, state.router_state, batch, key)
+    return grad_fn(*given, batch, key)
   batches = batch.reshape(parts, batch.shape[0] // parts, batch.shape[1])
   keys = jax.random.split(key, parts)
 
   def add(total, part):
-    new = grad_fn(state.params, state.router_state, *part)
+    new = grad_fn(*given, *part)
     return jax.tree.map(jnp.add, total, new), None
 
-  first = grad_fn(state.params, state.router_state, batches[0], keys[0])
+  first = grad_fn(*given, batches[0], keys[0])
   total, _ = lax.scan(add, first, (batches[1:], keys[1:]))
 
   # Counts of tokens add up; everything else is a mean.

@@ -1,7 +1,7 @@
 """A decoder language model: attention and a mixture of experts, layer by layer.
 
-  input_ids -> embed -> [x += attention(norm(x)); x += ffn(norm(x))] * layers
-            -> norm -> lm_head -> logits
+input_ids -> embed -> [x += attention(norm(x)); x += ffn(norm(x))] * layers
+          -> norm -> lm_head -> logits
 """
 
 from typing import NamedTuple

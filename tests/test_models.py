@@ -1,0 +1,348 @@
+"""The language model: what each config field does, caches, masks, sampling."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scattermoe_jax.models import (
+  ModelConfig,
+  Transformer,
+  init_cache,
+)
+from scattermoe_jax.models.sampling import choose_token, sample
+from scattermoe_jax.models.training import (
+  count_active_params,
+  count_params,
+)
+from scattermoe_jax.nn import RopeScaling
+from tests.accuracy import assert_accurate
+
+TINY = ModelConfig(
+  vocab_size=19,
+  d_model=16,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  num_experts=4,
+  d_expert=8,
+  attention_experts=3,
+  attention_top_k=2,
+  d_ff=8,
+)
+# The families that the fields were made for, in small.
+FAMILIES = {
+  "qwen3": {
+    "scoring": "softmax_top_k_renormalized",
+    "qk_norm": "head",
+    "dense_layers": (1,),
+    "tie_embeddings": False,
+  },
+  "olmoe": {"scoring": "softmax_top_k", "qk_norm": "vector", "clip_qkv": 0.5},
+  "gpt-oss": {
+    "attention_bias": True,
+    "attention_sinks": True,
+    "sliding_window": 3,
+    "sliding_layers": (0,),
+    "rope_scaling": RopeScaling(4.0, 8, truncate=False),
+    "activation": "clamped_swiglu",
+    "expert_bias": True,
+    "router_bias": True,
+  },
+  "deepseek": {
+    "scoring": "sigmoid",
+    "selection_bias": True,
+    "num_groups": 2,
+    "top_groups": 1,
+    "routed_scale": 2.5,
+    "d_shared": 8,
+  },
+  "jetmoe": {"attention": "moa", "block_bias": True},
+}
+
+
+def config_of(family: str, **fields) -> ModelConfig:
+  return dataclasses.replace(TINY, **FAMILIES[family], **fields)
+
+
+def random_variables(model: Transformer, seed: int = 0):
+  """Returns variables with no zeros or ones left, so that each one matters."""
+  ids = jnp.zeros((1, 4), jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), ids)
+  leaves, tree = jax.tree.flatten(shapes)
+  random = np.random.default_rng(seed)
+  return tree.unflatten(
+    jnp.asarray(random.normal(size=s.shape) * 0.4, s.dtype) for s in leaves
+  )
+
+
+def random_ids(*shape, seed=1):
+  random = np.random.default_rng(seed)
+  return jnp.asarray(random.integers(0, TINY.vocab_size, shape), jnp.int32)
+
+
+# Computed in float64 and rounded to float32 at the end, two ways to the same
+# logits may differ in the last place only.
+DOUBLE = {"dtype": "float64", "param_dtype": "float64"}
+
+
+def assert_equal(got, want, *, err_msg):
+  assert_accurate(got, want, None, err_msg=err_msg)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, x64):
+  """Returns (apply, variables) of a small model of each family, in float64."""
+  config = config_of(request.param, **DOUBLE)
+  model = Transformer(config)
+  variables = random_variables(model)
+  return config, functools.partial(jax.jit(model.apply), variables)
+
+
+def test_families_are_causal_packed_padded_and_cached(family):
+  # One test, as every new shape compiles: all calls but the cache's share one.
+  config, apply = family
+  ids = random_ids(2, 8)
+  ones = jnp.ones_like(ids)
+  full = apply(ids, segment_ids=ones).logits
+  assert full.std() > 0.1
+
+  later = ids.at[:, 5].set((ids[:, 5] + 1) % TINY.vocab_size)
+  changed = apply(later, segment_ids=ones).logits
+  assert_equal(changed[:, :5], full[:, :5], err_msg="a token sees later ones")
+  assert np.abs(changed - full)[:, 5:].max(axis=-1).min() > 1e-4
+
+  segment_ids = ones.at[:, 5:].set(2)
+  packed = apply(ids, segment_ids=segment_ids).logits
+  moved = jnp.concatenate([ids[:, 5:], ids[:, :5]], axis=1)
+  alone = apply(moved, segment_ids=ones).logits
+  assert_equal(packed[:, :5], full[:, :5], err_msg="first of two packed texts")
+  assert_equal(
+    packed[:, 5:], alone[:, :3], err_msg="second of two packed texts"
+  )
+
+  padded = apply(ids, segment_ids=ones.at[:, 6:].set(0))
+  assert_equal(padded.logits[:, :6], full[:, :6], err_msg="padding is seen")
+  for metrics, top_k in zip(
+    padded.metrics, (config.top_k, config.attention_top_k), strict=True
+  ):
+    if metrics is not None:
+      rows = metrics.tokens_per_expert.sum(axis=1)
+      np.testing.assert_array_equal(rows, 2 * 6 * top_k)
+
+  logits, cache = [], init_cache(config, 2, 10)
+  for i in range(0, 8, 2):
+    output = apply(ids[:, i : i + 2], cache=cache)
+    logits.append(output.logits)
+    cache = output.cache
+  assert int(cache[0].length) == 8
+  assert_equal(np.concatenate(logits, axis=1), full, err_msg="cache")
+
+
+# One value other than TINY's for each field, with what the field acts on.
+OTHER_VALUES = {
+  "vocab_size": 23,
+  "d_model": 20,
+  "num_layers": 1,
+  "attention": "moa",
+  "num_heads": 2,
+  "num_kv_heads": 4,
+  "head_dim": 6,
+  "attention_bias": True,
+  "attention_sinks": True,
+  "attention_scale": 1.5,
+  "qk_norm": "head",
+  "clip_qkv": 0.1,
+  "sliding_window": 2,
+  "rope_theta": 50.0,
+  "rope_scaling": RopeScaling(4.0, 8),
+  "ffn": "dense",
+  "dense_layers": (0,),
+  "num_experts": 5,
+  "top_k": 1,
+  "d_expert": 6,
+  "activation": "gelu",
+  "gated": False,
+  "expert_bias": True,
+  "d_shared": 4,
+  "scoring": "softmax_top_k",
+  "router_bias": True,
+  "routed_scale": 2.0,
+  "block_bias": True,
+  "embedding_multiplier": 3.0,
+  "residual_multiplier": 0.5,
+  "logits_divisor": 2.0,
+  "tie_embeddings": False,
+  "norm_eps": 0.1,
+  "final_norm_eps": 0.1,
+  "dtype": "bfloat16",
+}
+# Fields that act only beside another, and those that change no result.
+WITH = {
+  "attention_experts": ({"attention": "moa"}, 4),
+  "attention_top_k": ({"attention": "moa", "num_heads": 6}, 3),
+  "attention_scoring": ({"attention": "moa"}, "softmax_top_k"),
+  "sliding_layers": ({"sliding_window": 2}, (1,)),
+  "d_ff": ({"ffn": "dense"}, 12),
+  "shared_gate": ({"d_shared": 4}, True),
+  "num_groups": ({"scoring": "sigmoid", "top_k": 1}, 2),
+  "top_groups": ({"scoring": "sigmoid", "num_groups": 2}, 2),
+  "selection_bias": ({"scoring": "sigmoid"}, True),
+}
+NEUTRAL = {"param_dtype", "remat", "implementation", "router_jitter"}
+
+
+def test_every_config_field_is_tested():
+  fields = {field.name for field in dataclasses.fields(ModelConfig)}
+  assert fields == OTHER_VALUES.keys() | WITH.keys() | NEUTRAL
+
+
+def test_every_config_field_acts():
+  ids = random_ids(1, 6)
+
+  def run(config):
+    model = Transformer(config)
+    variables = random_variables(model)
+    shapes = jax.tree.map(lambda a: a.shape, variables)
+    return shapes, model.apply(variables, ids).logits
+
+  cases = {name: ({}, value) for name, value in OTHER_VALUES.items()} | WITH
+  results = {}
+  for name, (others, value) in cases.items():
+    key = tuple(sorted(others.items()))
+    base = dataclasses.replace(TINY, **others)
+    if key not in results:
+      results[key] = run(base)
+    shapes, logits = results[key]
+    new_shapes, new_logits = run(dataclasses.replace(base, **{name: value}))
+    if new_shapes == shapes:
+      difference = float(jnp.abs(new_logits - logits).max())
+      assert difference > 1e-3 * float(logits.std()), f"{name} does nothing"
+    assert bool(jnp.isfinite(new_logits).all()), name
+
+
+@pytest.mark.parametrize("attention", ["mha", "moa"])
+def test_remat_and_dtypes_leave_the_function(attention):
+  config = dataclasses.replace(TINY, attention=attention)
+  variables = random_variables(Transformer(config))
+  ids = random_ids(1, 6)
+  logits = Transformer(config).apply(variables, ids).logits
+  remat = Transformer(dataclasses.replace(config, remat=True))
+
+  def loss(params, model):
+    return jnp.square(model.apply({"params": params}, ids).logits).mean()
+
+  grads = jax.grad(loss)(variables["params"], Transformer(config))
+  again = jax.grad(loss)(variables["params"], remat)
+  for a, b in zip(*map(jax.tree.leaves, (grads, again)), strict=True):
+    np.testing.assert_allclose(b, a, rtol=1e-4)
+  half = dataclasses.replace(config, dtype="bfloat16")
+  rounded = Transformer(half).apply(variables, ids).logits
+  assert rounded.dtype == jnp.float32
+  correlation = np.corrcoef(np.ravel(rounded), np.ravel(logits))[0, 1]
+  assert correlation > 0.98
+  narrow = dataclasses.replace(half, param_dtype="bfloat16")
+  shapes = jax.eval_shape(Transformer(narrow).init, jax.random.key(0), ids)
+  assert {s.dtype for s in jax.tree.leaves(shapes)} == {jnp.dtype("bfloat16")}
+
+
+def test_jitter_needs_a_key_and_changes_training_only():
+  config = dataclasses.replace(TINY, router_jitter=0.5)
+  model = Transformer(config)
+  variables = random_variables(model)
+  ids = random_ids(1, 6)
+  calm = model.apply(variables, ids).logits
+  noisy = [
+    model.apply(
+      variables,
+      ids,
+      deterministic=False,
+      rngs={"router": jax.random.key(seed)},
+    ).logits
+    for seed in (0, 1)
+  ]
+  assert not np.allclose(noisy[0], calm)
+  assert not np.allclose(noisy[0], noisy[1])
+
+
+@pytest.mark.parametrize("attention", ["mha", "moa"])
+def test_dense_twin_has_as_many_active_params_but_for_routers(attention):
+  config = dataclasses.replace(TINY, attention=attention)
+
+  def counts(config):
+    model = Transformer(config)
+    ids = jnp.zeros((1, 4), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    return count_active_params(params, model), count_params(params)
+
+  active, total = counts(config)
+  twin_active, twin_total = counts(config.dense_twin())
+  routers = config.d_model * config.num_experts * config.num_layers
+  if attention == "moa":
+    routers += config.d_model * config.attention_experts * config.num_layers
+  assert twin_active == twin_total == active - routers
+  assert total > active
+  assert config.dense_twin().dense_twin() == config.dense_twin()
+
+
+def test_config_survives_json():
+  config = dataclasses.replace(TINY, **FAMILIES["gpt-oss"])
+  text = json.dumps(config.to_dict())
+  assert ModelConfig.from_dict(json.loads(text)) == config
+  with pytest.raises(ValueError, match=r"unknown fields \['d_modell'\]"):
+    ModelConfig.from_dict({"d_modell": 3})
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"attention": "mla"}, r"attention must be one of .* got 'mla'"),
+    ({"ffn": "mlp"}, r"ffn must be one of"),
+    ({"qk_norm": "whole"}, r"qk_norm must be one of"),
+    ({"activation": "swish"}, r"activation must be one of .* got 'swish'"),
+    ({"num_heads": 3}, r"num_heads = 3 is not a multiple of num_kv_heads = 2"),
+    ({"head_dim": 5}, r"head_dim = 5 must be even"),
+    ({"attention": "moa", "num_heads": 2}, r"= 4 query heads, got num_heads"),
+    ({"attention": "moa", "qk_norm": "head"}, r"qk_norm needs attention="),
+    ({"top_k": 5}, r"top_k = 5 is above num_experts = 4"),
+    ({"num_layers": 0}, r"num_layers must be at least 1, got 0"),
+    ({"dense_layers": (2,)}, r"dense_layers = \(2,\) .* 2 layers"),
+  ],
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_contradicting_fields_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(TINY, **fields)
+
+
+def test_greedy_sample_takes_the_likeliest_token_of_the_full_pass():
+  model = Transformer(TINY)
+  variables = random_variables(model)
+  prompt = random_ids(2, 3)
+  tokens = sample(
+    model, variables, prompt, 4, key=jax.random.key(0), temperature=0
+  )
+  text = jnp.concatenate([prompt, tokens], axis=1)
+  logits = model.apply(variables, text).logits
+  np.testing.assert_array_equal(tokens, logits[:, 2:-1].argmax(axis=-1))
+
+
+def test_top_p_keeps_the_fewest_likeliest_tokens():
+  probs = jnp.array([[0.5, 0.1, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]])
+  keys = jax.random.split(jax.random.key(0), 300)
+
+  def draw(top_p, temperature=1.0):
+    choose = functools.partial(
+      choose_token, jnp.log(probs), top_p=top_p, temperature=temperature
+    )
+    return [set(row) for row in np.asarray(jax.vmap(choose)(keys)).T.tolist()]
+
+  assert draw(0.4) == [{0}, {3}]
+  assert draw(0.6) == [{0, 2}, {2, 3}]
+  assert draw(1.0) == [{0, 1, 2, 3}, {0, 1, 2, 3}]
+  assert draw(1.0, temperature=0.01) == [{0}, {3}]
