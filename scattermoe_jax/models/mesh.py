@@ -1,0 +1,180 @@
+"""Training on several devices: where the state and the batches lie.
+
+  --mesh data=2,expert=4      8 devices: 2 copies of 4 groups of experts
+  --mesh fsdp=8               weights and moments in 8 parts, gathered on use
+  --mesh expert=4,tensor=2    d_expert of each expert in 2 parts
+
+The axes are named after their roles, see `sharding.MeshAxes`. A checkpoint
+belongs to no mesh: what it holds has the shapes of one device.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from scattermoe_jax.sharding import MeshAxes, join_gate, split_gate
+
+# A tree of arrays.
+Tree = Any
+
+ROLES = ("data", "fsdp", "expert", "tensor")
+_AXES = MeshAxes(data="data", fsdp="fsdp", expert="expert", tensor="tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """A mesh and what to do with it; without one, everything is as JAX does it.
+
+  Attributes:
+    mesh: the devices; None for one device.
+  """
+
+  mesh: Mesh | None = None
+
+  @classmethod
+  def of(cls, text: str | None) -> "Placement":
+    """Returns the placement of a text such as "data=2,expert=4".
+
+    Raises:
+      ValueError: if it is not such a text, or the machine has fewer devices.
+    """
+    if not text:
+      return cls()
+    sizes = dict.fromkeys(ROLES, 1) | parse_mesh(text)
+    needed = math.prod(sizes.values())
+    devices = jax.devices()
+    if needed > len(devices):
+      raise ValueError(
+        f"--mesh {text}: needs {needed} devices; JAX has {len(devices)}."
+      )
+    return cls(
+      jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices[:needed],
+      )
+    )
+
+  @property
+  def axes(self) -> MeshAxes | None:
+    """What modules take as `mesh_axes`."""
+    return None if self.mesh is None else _AXES
+
+  def context(self) -> contextlib.AbstractContextManager:
+    """Returns the context in which all of the below is to be called."""
+    if self.mesh is None:
+      return contextlib.nullcontext()
+    return jax.set_mesh(self.mesh)
+
+  def init(self, init_state: Callable[[jax.Array], Tree], key: jax.Array):
+    """Returns `init_state(key)`, each device making its own part.
+
+    Args:
+      init_state: makes the state; its parameters may be boxed with logical
+        axis names.
+      key: the random key.
+    """
+    if self.mesh is None:
+      return jax.jit(init_state)(key)
+    shardings = self.shardings(jax.eval_shape(init_state, key))
+    unboxed = jax.jit(
+      lambda key: nn.unbox(init_state(key)), out_shardings=shardings
+    )
+    return unboxed(key)
+
+  def shardings(self, boxed: Tree) -> Tree:
+    """Returns where each leaf of a boxed state lies, without the boxes.
+
+    Logical axis names decide. A leaf without them, such as a matrix of
+    attention, is split along its first dimension that the fsdp axes divide.
+    """
+    assert self.mesh is not None
+    names = nn.get_partition_spec(boxed)
+    by_name = nn.logical_to_mesh(names, _AXES.rules)
+    fsdp = self.mesh.shape["fsdp"]
+
+    def place(spec, leaf):
+      if not any(spec) and len(leaf.shape) > 1:
+        spec = _first_divisible(leaf.shape, fsdp)
+      return NamedSharding(self.mesh, spec)
+
+    return jax.tree.map(
+      place,
+      by_name,
+      nn.unbox(boxed),
+      is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )
+
+  def jit_step(self, step: Callable, state: Tree) -> Callable:
+    """Returns the step compiled; the state stays where it is."""
+    if self.mesh is None:
+      return jax.jit(step, donate_argnums=0)
+    here = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(here, None))
+
+  def put(self, batch: np.ndarray) -> Any:
+    """Returns a batch (B, ...) with its rows split over the devices.
+
+    Raises:
+      ValueError: if the devices that split tokens do not divide B.
+    """
+    if self.mesh is None:
+      return batch
+    shards = math.prod(self.mesh.shape[name] for name in _AXES.tokens)
+    if batch.shape[0] % shards:
+      raise ValueError(
+        f"--mesh: batch_size = {batch.shape[0]} is not a multiple of the "
+        f"{shards} devices of {_AXES.tokens}, which split the batch."
+      )
+    return jax.device_put(
+      batch, NamedSharding(self.mesh, PartitionSpec(_AXES.tokens))
+    )
+
+  def to_store(self, state: Tree) -> Tree:
+    """Returns the state in the shapes of one device, split as it can be."""
+    return state if self.mesh is None else jax.jit(join_gate)(state)
+
+  def from_store(self, stored: Tree, like: Tree) -> Tree:
+    """Returns the state of what `to_store` made, on any mesh, lying as `like`."""
+    if self.mesh is None:
+      return stored
+    here = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(split_gate, out_shardings=here)(stored)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+  """Returns the devices of each role of a text such as "data=2,expert=4".
+
+  Raises:
+    ValueError: if it is not such a text.
+
+  Example:
+    >>> parse_mesh("data=2,expert=4")
+    {'data': 2, 'expert': 4}
+  """
+  sizes: dict[str, int] = {}
+  for part in text.split(","):
+    role, _, size = part.strip().partition("=")
+    if role not in ROLES or role in sizes or not size.isdigit() or size == "0":
+      raise ValueError(
+        f"--mesh {text}: {part!r} should be ROLE=DEVICES, each role once, of "
+        f"{', '.join(ROLES)}; as in data=2,expert=4."
+      )
+    sizes[role] = int(size)
+  return sizes
+
+
+def _first_divisible(shape: tuple[int, ...], devices: int) -> PartitionSpec:
+  """Returns the partition of the first dimension that `devices` divide."""
+  for i, size in enumerate(shape):
+    if devices > 1 and size % devices == 0:
+      return PartitionSpec(*(None,) * i, "fsdp")
+  return PartitionSpec()
