@@ -7,6 +7,8 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Float
 
+from scattermoe_jax import sharding
+from scattermoe_jax.nn.partitioning import named
 from scattermoe_jax.ops import Activation
 from scattermoe_jax.ops.activations import get_activation
 
@@ -28,6 +30,8 @@ class DenseMLP(nn.Module):
     kernel_init: of `w_gate_up` or `w_in`.
     out_kernel_init: of `w_out`; None for `kernel_init`.
     bias_init: of both biases.
+    mesh_axes: where given, the axes of the parameters have the logical names
+      "embed" and "mlp".
   """
 
   d_hidden: int
@@ -40,6 +44,7 @@ class DenseMLP(nn.Module):
   kernel_init: Initializer = nn.initializers.lecun_normal()
   out_kernel_init: Initializer | None = None
   bias_init: Initializer = nn.initializers.zeros_init()
+  mesh_axes: sharding.MeshAxes | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
@@ -47,13 +52,18 @@ class DenseMLP(nn.Module):
     d = x.shape[-1]
     w_in = self.param(
       "w_gate_up" if self.gated else "w_in",
-      self.kernel_init,
+      named(self.kernel_init, self.mesh_axes, "embed", "mlp"),
       (d, self.d_hidden * (2 if self.gated else 1)),
       self.param_dtype,
     )
     w_out = self.param(
       "w_out",
-      self.out_kernel_init or self.kernel_init,
+      named(
+        self.out_kernel_init or self.kernel_init,
+        self.mesh_axes,
+        "mlp",
+        "embed",
+      ),
       (self.d_hidden, d),
       self.param_dtype,
     )

@@ -1,6 +1,5 @@
 """The sparse Mixture-of-Experts MLP: experts alone, and with their router."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -11,9 +10,10 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from scattermoe_jax import sharding
 from scattermoe_jax.nn.dense_mlp import DenseMLP
-from scattermoe_jax.nn.lora import adapted_smoe_mlp
 from scattermoe_jax.nn.parallel_linear import default_kernel_init
+from scattermoe_jax.nn.partitioning import named, with_gate_axis
 from scattermoe_jax.nn.router import (
   Router,
   RouterOutput,
@@ -64,6 +64,9 @@ class SMoEMLP(nn.Module):
     out_bias_init: of `bias_out`; None for `bias_init`.
     num_chunks: slices of d in which the expanded output is made: less memory
       at the peak, see `scattermoe_jax.smoe_mlp`.
+    mesh_axes: which axes of a mesh split what, see `scattermoe_jax.sharding`.
+      Names the axes of the parameters "expert", "embed" and "mlp", and gives
+      `w_gate_up` the shape (E, d, 2, n) and `bias_in` (E, 2, n).
     implementation: "mosaic", "triton" or "xla"; None for the first that can.
   """
 
@@ -80,6 +83,7 @@ class SMoEMLP(nn.Module):
   bias_init: Initializer = nn.initializers.zeros_init()
   out_bias_init: Initializer | None = None
   num_chunks: int = 1
+  mesh_axes: sharding.MeshAxes | None = None
   implementation: str | None = None
 
   @nn.compact
@@ -97,63 +101,73 @@ class SMoEMLP(nn.Module):
       expert_ids: the experts of each token, outside [0, E) for none; or the
         `Routing` of the flattened tokens, where it is made already.
     """
-    d, num_experts = x.shape[-1], self.num_experts
+    d, top_k = x.shape[-1], gates.shape[-1]
+    x, *weights = promote_dtype(x, *self._weights(d), dtype=self.dtype)
+    w_in, w_out, bias_in, bias_out = weights
+    rows = x.reshape(-1, d), gates.reshape(-1, top_k)
+    options = dict(
+      bias_in=bias_in,
+      bias_out=bias_out,
+      activation=self.activation,
+      num_chunks=self.num_chunks,
+      precision=self.precision,
+      implementation=self.implementation,
+    )
+    if not isinstance(expert_ids, Routing):
+      expert_ids = expert_ids.reshape(-1, top_k)
+    if self.mesh_axes is not None:
+      if isinstance(expert_ids, Routing):
+        # Each device makes its own routing, of the experts it has.
+        expert_ids = expert_ids.expert_ids[expert_ids.grouped_ids]
+      y = sharding.smoe_mlp(
+        *rows, expert_ids, w_in, w_out, axes=self.mesh_axes, **options
+      )
+    else:
+      if not isinstance(expert_ids, Routing):
+        expert_ids = route(expert_ids, self.num_experts)
+      y = smoe_mlp(*rows, expert_ids, w_in, w_out, **options)
+    return y.reshape(x.shape)
+
+  def _weights(self, d: int):
+    """Returns w_in, w_out, bias_in and bias_out (None without biases)."""
+    axes, num_experts, n = self.mesh_axes, self.num_experts, self.d_expert
+    hidden, gate_name = (n,), ()
+    in_init, bias_in_init = self.kernel_init, self.bias_init
+    if self.gated and axes is None:
+      hidden = (2 * n,)
+    elif self.gated:
+      hidden, gate_name = (2, n), (None,)
+      in_init, bias_in_init = map(with_gate_axis, (in_init, bias_in_init))
     w_in = self.param(
       "w_gate_up" if self.gated else "w_in",
-      self.kernel_init,
-      (num_experts, d, self.d_expert * (2 if self.gated else 1)),
+      named(in_init, axes, "expert", "embed", *gate_name, "mlp"),
+      (num_experts, d, *hidden),
       self.param_dtype,
     )
     w_out = self.param(
       "w_out",
-      self.out_kernel_init or self.kernel_init,
-      (num_experts, self.d_expert, d),
+      named(
+        self.out_kernel_init or self.kernel_init,
+        axes, "expert", "mlp", "embed",
+      ),
+      (num_experts, n, d),
+      self.param_dtype,
+    )  # fmt: skip
+    if not self.use_bias:
+      return w_in, w_out, None, None
+    bias_in = self.param(
+      "bias_in",
+      named(bias_in_init, axes, "expert", *gate_name, "mlp"),
+      (num_experts, *hidden),
       self.param_dtype,
     )
-    bias_in = bias_out = None
-    if self.use_bias:
-      bias_in = self.param(
-        "bias_in",
-        self.bias_init,
-        (num_experts, w_in.shape[2]),
-        self.param_dtype,
-      )
-      bias_out = self.param(
-        "bias_out",
-        self.out_bias_init or self.bias_init,
-        (num_experts, d),
-        self.param_dtype,
-      )
-    x, w_in, w_out, bias_in, bias_out = promote_dtype(
-      x, w_in, w_out, bias_in, bias_out, dtype=self.dtype
+    bias_out = self.param(
+      "bias_out",
+      named(self.out_bias_init or self.bias_init, axes, "expert", "embed"),
+      (num_experts, d),
+      self.param_dtype,
     )
-    top_k = gates.shape[-1]
-    if isinstance(expert_ids, Routing):
-      routing = expert_ids
-    else:
-      routing = route(expert_ids.reshape(-1, top_k), num_experts)
-    if self.has_variable("params", "lora"):
-      adapters = self.get_variable("params", "lora")
-      experts = functools.partial(
-        adapted_smoe_mlp,
-        adapter_in=adapters.get("w_gate_up" if self.gated else "w_in"),
-        adapter_out=adapters.get("w_out"),
-      )
-    else:
-      experts = functools.partial(smoe_mlp, num_chunks=self.num_chunks)
-    y = experts(
-      x.reshape(-1, d),
-      gates.reshape(-1, top_k),
-      routing,
-      w_in,
-      w_out,
-      bias_in=bias_in,
-      bias_out=bias_out,
-      activation=self.activation,
-      precision=self.precision,
-      implementation=self.implementation,
-    )
-    return y.reshape(x.shape)
+    return w_in, w_out, bias_in, bias_out
 
 
 class SMoEBlock(nn.Module):
@@ -196,6 +210,7 @@ class SMoEBlock(nn.Module):
     shared_kernel_init: of the shared experts' first matrix, and of their gate.
     shared_out_kernel_init: of their second; None for `shared_kernel_init`.
     num_chunks: slices of d in which the experts' output is made, see `SMoEMLP`.
+    mesh_axes: which axes of a mesh split what, see `SMoEMLP`.
     implementation: "mosaic", "triton" or "xla"; None for the first that can.
   """
 
@@ -227,6 +242,7 @@ class SMoEBlock(nn.Module):
   shared_kernel_init: Initializer = nn.initializers.lecun_normal()
   shared_out_kernel_init: Initializer | None = None
   num_chunks: int = 1
+  mesh_axes: sharding.MeshAxes | None = None
   implementation: str | None = None
 
   @nn.compact
@@ -260,11 +276,16 @@ class SMoEBlock(nn.Module):
       jitter=self.jitter,
       use_selection_bias=self.use_selection_bias,
       param_dtype=self.param_dtype,
-      kernel_init=self.router_kernel_init,
+      kernel_init=named(self.router_kernel_init, self.mesh_axes, None, None),
       bias_init=self.bias_init,
       name="router",
     )(rows, deterministic=deterministic)
-    routing, metrics = route_with_metrics(routed, row_mask)
+    if self.mesh_axes is None:
+      chosen, metrics = route_with_metrics(routed, row_mask)
+    else:
+      # No sort over all devices: each routes its own tokens.
+      chosen = _masked_ids(routed, row_mask)
+      metrics = _metrics(routed, _count(chosen, self.num_experts), row_mask)
     y = SMoEMLP(
       num_experts=self.num_experts,
       d_expert=self.d_expert,
@@ -278,9 +299,10 @@ class SMoEBlock(nn.Module):
       out_kernel_init=self.out_kernel_init,
       bias_init=self.bias_init,
       num_chunks=self.num_chunks,
+      mesh_axes=self.mesh_axes,
       implementation=self.implementation,
       name="experts",
-    )(rows, routed.gates, routing)
+    )(rows, routed.gates, chosen)
     if self.num_shared_experts or self.d_shared:
       y += self._shared(rows)
     if self.use_output_bias:
@@ -300,6 +322,7 @@ class SMoEBlock(nn.Module):
       kernel_init=self.shared_kernel_init,
     )
     y = DenseMLP(
+      mesh_axes=self.mesh_axes,
       d_hidden=self.d_shared or self.num_shared_experts * self.d_expert,
       activation=self.activation,
       gated=self.gated,
@@ -322,16 +345,27 @@ def route_with_metrics(
     routed: of `Router`.
     mask: True where the token is real; the others go to no expert.
   """
-  num_experts = routed.logits.shape[1]
-  expert_ids = routed.expert_ids
-  if mask is not None:
-    nowhere = jnp.full_like(expert_ids, num_experts)
-    expert_ids = jnp.where(mask[:, None], expert_ids, nowhere)
-  routing = route(expert_ids, num_experts)
-  metrics = SMoEMetrics(
-    load_balancing_loss(routed.probs, routing.group_sizes, mask=mask),
+  routing = route(_masked_ids(routed, mask), routed.logits.shape[1])
+  return routing, _metrics(routed, routing.group_sizes, mask)
+
+
+def _masked_ids(routed, mask):
+  if mask is None:
+    return routed.expert_ids
+  nowhere = jnp.full_like(routed.expert_ids, routed.logits.shape[1])
+  return jnp.where(mask[:, None], routed.expert_ids, nowhere)
+
+
+def _count(expert_ids, num_experts):
+  experts = jnp.arange(num_experts, dtype=expert_ids.dtype)
+  chosen = expert_ids[:, :, None] == experts[None, None, :]
+  return jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
+
+
+def _metrics(routed, tokens_per_expert, mask):
+  return SMoEMetrics(
+    load_balancing_loss(routed.probs, tokens_per_expert, mask=mask),
     router_z_loss(routed.logits, mask=mask),
-    routing.group_sizes,
+    tokens_per_expert,
     mean_probs(routed.probs, mask=mask),
   )
-  return routing, metrics
