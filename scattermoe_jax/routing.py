@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Integer
 
-from scattermoe_jax._compat import vary_over, varying_axes
+from scattermoe_jax._compat import current_device, vary_over, varying_axes
 
 
 class Routing(NamedTuple):
@@ -111,20 +111,16 @@ def _route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
     expert_ids = expert_ids.astype(jnp.int32)
   in_range = (expert_ids >= 0) & (expert_ids < num_experts)
   flat_ids = jnp.where(in_range, expert_ids, num_experts).reshape(num_rows)
-  sorted_ids, scattered_ids = _sort(flat_ids.astype(jnp.int32), num_experts)
-  # E + 1 binary searches in one kernel: a histogram without atomics.
-  experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
-  experts = vary_over(experts, varying_axes(sorted_ids))
-  offsets = jnp.searchsorted(sorted_ids, experts, method="scan_unrolled")
-  rows = jnp.arange(num_rows, dtype=jnp.int32)
-  grouped_ids = (
-    jnp.zeros_like(rows).at[scattered_ids].set(rows, unique_indices=True)
-  )
+  flat_ids = flat_ids.astype(jnp.int32)
+  on_gpu = current_device().platform == "gpu"
+  few = 0 < num_rows <= _MAX_COUNTED_ROWS and num_experts <= _MAX_COUNTED_KEYS
+  sort = _counting_sort if on_gpu and few else _comparison_sort
+  grouped_ids, scattered_ids, sizes = sort(flat_ids, num_experts)
   return Routing(
-    expert_ids=sorted_ids,
+    expert_ids=flat_ids[scattered_ids],
     scattered_ids=scattered_ids,
     grouped_ids=grouped_ids.reshape(expert_ids.shape),
-    group_sizes=jnp.diff(offsets).astype(jnp.int32),
+    group_sizes=sizes,
   )
 
 
@@ -152,23 +148,73 @@ def input_rows(
   return routing.scattered_ids // jnp.int32(routing.top_k)
 
 
-def _sort(
-  flat_ids: Int[Array, " S"], num_experts: int
-) -> tuple[Int[Array, " S"], Int[Array, " S"]]:
-  """Sorts expert ids stably; returns them and the row each one came from."""
+# What either sort returns: grouped_ids (S), scattered_ids (S), group_sizes (E).
+_Sorted = tuple[Int[Array, " S"], Int[Array, " S"], Int[Array, " E"]]
+
+
+def _comparison_sort(flat_ids: Int[Array, " S"], num_experts: int) -> _Sorted:
+  """Sorts by the library's stable sort: the best on a CPU."""
+  rows = jnp.arange(flat_ids.shape[0], dtype=jnp.int32)
+  sorted_ids, scattered_ids = lax.sort(
+    (flat_ids, vary_over(rows, varying_axes(flat_ids))),
+    num_keys=1,
+    is_stable=True,
+  )
+  experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
+  experts = vary_over(experts, varying_axes(sorted_ids))
+  offsets = jnp.searchsorted(sorted_ids, experts, method="scan_unrolled")
+  sizes = jnp.diff(offsets).astype(jnp.int32)
+  return _inverse(scattered_ids), scattered_ids, sizes
+
+
+# Counts are summed in float32, exact to here; every row meets every key.
+_MAX_COUNTED_ROWS = 2**24
+_MAX_COUNTED_KEYS = 4096
+
+
+def _counting_sort(flat_ids: Int[Array, " S"], num_experts: int) -> _Sorted:
+  """Sorts by counting: few small kernels on a GPU, where a sort takes many.
+
+  The grouped row of a row is the number of rows before it: those of smaller
+  experts, those of its expert in earlier blocks of rows, and those of its
+  expert before it in its own block.
+  """
   num_rows = flat_ids.shape[0]
-  row_bits = max(num_rows - 1, 0).bit_length()
-  rows = jnp.arange(num_rows, dtype=jnp.uint32)
-  if (num_experts + 1) << row_bits > 2**32:
-    rows = rows.astype(jnp.int32)
-    return lax.sort((flat_ids, rows), num_keys=1, is_stable=True)
-  # One 32-bit key holds expert and row: half the traffic of a key-value sort,
-  # and, since no two keys are equal, stable whatever the algorithm.
-  shift = jnp.uint32(row_bits)
-  keys = lax.sort((flat_ids.astype(jnp.uint32) << shift) | rows)
-  sorted_ids = (keys >> shift).astype(jnp.int32)
-  scattered_ids = (keys & jnp.uint32((1 << row_bits) - 1)).astype(jnp.int32)
-  return sorted_ids, scattered_ids
+  block = num_rows if num_rows <= 4096 else 512
+  nowhere = num_experts + 1
+  blocks = jnp.pad(flat_ids, (0, -num_rows % block), constant_values=nowhere)
+  blocks = blocks.reshape(-1, block)
+
+  earlier = jnp.tril(jnp.ones((block, block), bool), -1)[None]
+  same = blocks[:, :, None] == blocks[:, None, :]
+  rank = jnp.sum(same & earlier, axis=2, dtype=jnp.int32)
+
+  experts = jnp.arange(num_experts + 1, dtype=jnp.int32)[None, None]
+  counts = jnp.sum(blocks[:, :, None] == experts, axis=1, dtype=jnp.int32)
+  sizes = jnp.sum(counts, axis=0, dtype=jnp.int32)
+  smaller = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+  before = smaller[None] + _sum_of_earlier(counts)
+
+  clipped = jnp.minimum(blocks, num_experts)
+  positions = rank + jnp.take_along_axis(before, clipped, axis=1)
+  grouped_ids = positions.reshape(-1)[:num_rows]
+  return grouped_ids, _inverse(grouped_ids), sizes[:num_experts]
+
+
+def _sum_of_earlier(counts: Int[Array, "N K"]) -> Int[Array, "N K"]:
+  """Returns the sum of the rows above each row, by a product on the GPU."""
+  num_blocks = counts.shape[0]
+  if num_blocks == 1:
+    return jnp.zeros_like(counts)
+  above = jnp.tril(jnp.ones((num_blocks, num_blocks), jnp.float32), -1)
+  return jnp.dot(
+    above, counts.astype(jnp.float32), precision=lax.Precision.HIGHEST
+  ).astype(jnp.int32)
+
+
+def _inverse(permutation: Int[Array, " S"]) -> Int[Array, " S"]:
+  rows = jnp.arange(permutation.shape[0], dtype=jnp.int32)
+  return jnp.zeros_like(rows).at[permutation].set(rows, unique_indices=True)
 
 
 def _check_expert_ids(expert_ids, num_experts: int) -> None:

@@ -61,16 +61,16 @@ def test_sizes_are_read_off_the_routing():
   assert all(a.dtype == jnp.int32 for a in got)
 
 
-def test_ids_too_many_for_one_key_sort_the_same():
-  # (E + 1) << 13 passes 2^32: the sort of pairs.
-  num_experts = 2**19 + 3
-  ids = np.random.default_rng(0).integers(-1, num_experts + 1, (2048, 4))
-  ids[:7] = num_experts - 1
-  got = route(jnp.asarray(ids, jnp.int32), num_experts)
-  np.testing.assert_array_equal(
-    got.scattered_ids, oracle.grouped_order(ids, num_experts)
-  )
-  assert int(got.group_sizes.sum()) == np.sum((ids >= 0) & (ids < num_experts))
+@pytest.mark.parametrize("num_rows", [1, 13, 4096, 4097, 9000])
+def test_both_sorts_agree(num_rows):
+  # A GPU counts, a CPU compares: the same ids, in one block and in several.
+  flat_ids = np.random.default_rng(0).integers(0, 12, num_rows)
+  flat_ids[::7] = 11  # "not here"
+  flat_ids = jnp.asarray(flat_ids, jnp.int32)
+  counted = jax.jit(routing._counting_sort, static_argnums=1)(flat_ids, 11)
+  compared = routing._comparison_sort(flat_ids, 11)
+  for got, expected in zip(counted, compared, strict=True):
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int64"])
