@@ -160,6 +160,28 @@ def test_smoe_mlp_equals_one_device_by_ragged_exchange(
     assert_equal(got, on_one_device(pattern, "float32"), 1e-5)
 
 
+def test_capacity_drops_the_rows_of_the_last_devices(monkeypatch):
+  monkeypatch.setattr(lax, "ragged_all_to_all", ragged_all_to_all)
+  monkeypatch.setattr(mlp, "_check_exchange", lambda axes: None)
+  t, k, e, *_ = CASE
+  ids = np.full((t, k), -1, np.int32)
+  # Four devices, ceil(29 / 4) = 8 tokens each: 32 rows, and as many are taken.
+  # Everyone chooses experts of device 1; device 0 has 28 rows for it.
+  ids[:7, :] = 6 + np.arange(4)
+  ids[8:20, :] = 6 + np.arange(4)
+  kept = ids.copy()
+  # Of the 32 rows of device 1 itself, the first 4 by expert find room.
+  kept[12:] = -1
+  kept[8:12, 1:] = -1
+  axes = MeshAxes(
+    data="a", expert="b", exchange="ragged_all_to_all", capacity_factor=1.0
+  )
+  with jax.set_mesh(mesh_of((1, 4))):
+    got = mlp_and_gradients(ids, *mlp_arguments("float32"), axes=axes)
+  want = mlp_and_gradients(kept, *mlp_arguments("float32"), axes=MeshAxes())
+  assert_equal(got, want, 1e-5)
+
+
 def test_smoe_mlp_takes_a_mesh_as_an_argument():
   x, gates, w_in, w_out, *_ = mlp_arguments("float32")
   ids = jnp.asarray(strategies.expert_ids(CASE, "some_not_here"))
@@ -271,6 +293,8 @@ def test_mesh_axes_play_one_role_each(unchecked):
     MeshAxes(data="a", expert=("b", "a"))
   with pytest.raises(ValueError, match="exchange must be"):
     MeshAxes(exchange="pigeons")
+  with pytest.raises(ValueError, match="an all_gather brings every token"):
+    MeshAxes(expert="a", capacity_factor=2.0)
 
 
 def test_split_gate_is_undone_by_join_gate():

@@ -4,8 +4,9 @@
                                            ->
   device 1   | rows for 0 | rows for 1 |        | from 0 |  from 1  |  .  |
 
-How many rows go where is known at run time only; the buffer that takes them
-holds every row of every device, should all choose the same experts.
+How many rows go where is known at run time only. The buffer that takes them
+holds every row of every device, should all choose the same experts, or what its
+caller allows: rows past that are not sent.
 """
 
 import functools
@@ -36,12 +37,15 @@ class Transfer(NamedTuple):
 
 
 def plan_transfer(
-  send_sizes: Int[Array, " p"], axis_name: str | tuple[str, ...]
+  send_sizes: Int[Array, " p"],
+  most_rows: int,
+  axis_name: str | tuple[str, ...],
 ) -> tuple[Transfer, Transfer]:
   """Returns the transfer of grouped rows and its reverse, inside `shard_map`.
 
   Args:
     send_sizes: rows of this device for each device of the axis, in order.
+    most_rows: rows that a device takes, from the first devices first.
     axis_name: the mesh axes over which rows travel.
   """
   here = lax.axis_index(axis_name)
@@ -49,6 +53,8 @@ def plan_transfer(
   # A device keeps what it sends, and what it receives, in order of devices.
   in_sender = jnp.cumsum(table, axis=1, dtype=table.dtype) - table
   in_receiver = jnp.cumsum(table, axis=0, dtype=table.dtype) - table
+  in_receiver = jnp.minimum(in_receiver, most_rows)
+  table = jnp.minimum(table, most_rows - in_receiver)
   forth = Transfer(
     in_sender[here], table[here], in_receiver[here], table[:, here]
   )

@@ -26,6 +26,10 @@ class MeshAxes:
       expert axes sees all their tokens. "ragged_all_to_all": a row goes only to
       the device of its expert, which moves fewer bytes where k is below the
       number of devices. Not on CPUs.
+    capacity_factor: rows that a device of the expert axes takes, as a multiple
+      of an even share; rows past it are dropped, those of the last devices
+      first. None: all, and memory for all, whatever the routing. Only with
+      exchange "ragged_all_to_all".
 
   Example:
     >>> MeshAxes(data="data", expert=("node", "gpu")).tokens
@@ -37,6 +41,7 @@ class MeshAxes:
   expert: str | Axes = ()
   tensor: str | Axes = ()
   exchange: Exchange = "all_gather"
+  capacity_factor: float | None = None
 
   def __post_init__(self):
     for role in _ROLES:
@@ -49,6 +54,11 @@ class MeshAxes:
       raise ValueError(
         "MeshAxes: exchange must be 'all_gather' or 'ragged_all_to_all', got "
         f"{self.exchange!r}."
+      )
+    if self.capacity_factor is not None and self.exchange == "all_gather":
+      raise ValueError(
+        "MeshAxes: capacity_factor needs exchange='ragged_all_to_all'; an "
+        "all_gather brings every token."
       )
 
   @property

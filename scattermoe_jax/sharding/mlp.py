@@ -1,6 +1,7 @@
 """`smoe_mlp` of what a mesh holds in parts."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -133,7 +134,7 @@ def _local(
     )
 
   if axes.expert and axes.exchange == "ragged_all_to_all":
-    y = _visit(experts, x, gates, expert_ids, axes.expert, w_out.shape[0])
+    y = _visit(experts, x, gates, expert_ids, axes, w_out.shape[0])
   else:
     x, gates, expert_ids = (
       local.gather(a, axes.expert, 0) for a in (x, gates, expert_ids)
@@ -142,17 +143,20 @@ def _local(
   return local.add_up(y, axes.tensor)
 
 
-def _visit(experts, x, gates, expert_ids, axis_name, num_local):
+def _visit(experts, x, gates, expert_ids, axes, num_local):
   """Sends each row to the device of its expert, and brings its result back.
 
   The gate goes along: the results come back weighed, so that none of them is
   kept for the gradient of its gate.
   """
+  axis_name = axes.expert
   devices = jax.lax.axis_size(axis_name)
   routing = route(expert_ids, devices * num_local)
   rows_to = routing.group_sizes.reshape(devices, num_local).sum(axis=1)
-  forth, back = plan_transfer(rows_to.astype(jnp.int32), axis_name)
   most = devices * routing.num_rows
+  if axes.capacity_factor is not None:
+    most = min(most, math.ceil(axes.capacity_factor * routing.num_rows))
+  forth, back = plan_transfer(rows_to.astype(jnp.int32), most, axis_name)
 
   def send(rows):
     return send_rows(rows, forth, back, most, axis_name)
