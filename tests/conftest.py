@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import pytest
 
@@ -31,6 +32,19 @@ def enable_x64():
   if hasattr(jax, "enable_x64"):
     return jax.enable_x64(True)
   return jax.experimental.enable_x64()
+
+
+def on_cpu():
+  """Returns a context manager: arrays made in it live on the CPU."""
+  return jax.default_device(jax.devices("cpu")[0])
+
+
+def poison_memory() -> None:
+  """Leaves NaN where the next results will stand, on a GPU."""
+  if _has_gpu():
+    garbage = jnp.full((2**28,), jnp.nan, jnp.float32)
+    garbage.block_until_ready()
+    garbage.delete()
 
 
 @pytest.fixture

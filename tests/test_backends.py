@@ -25,7 +25,7 @@ from scattermoe_jax.ops.activations import get_activation
 from scattermoe_jax.routing import route
 from tests import interpreted, oracle, plain, strategies
 from tests.accuracy import assert_accurate
-from tests.conftest import enable_x64
+from tests.conftest import enable_x64, on_cpu, poison_memory
 from tests.strategies import Case
 
 SMALL = Case(40, 3, 6, 64, 32)
@@ -81,18 +81,6 @@ def skip_if_refused(backend, case, dtype):
 def options_for(dtype):
   # Without it, float32 products on a GPU are made of TF32 ones.
   return {"precision": "highest"} if dtype == jnp.float32 else {}
-
-
-def poison_memory():
-  """Leaves NaN where the next results will stand, on a GPU."""
-  if current_device().platform == "gpu":
-    garbage = jnp.full((2**28,), jnp.nan, jnp.float32)
-    garbage.block_until_ready()
-    garbage.delete()
-
-
-def on_cpu():
-  return jax.default_device(jax.devices("cpu")[0])
 
 
 LAYOUTS = (

@@ -11,9 +11,12 @@ import pytest
 from jax.test_util import check_grads
 
 from scattermoe_jax import ACTIVATIONS, Routing, route, smoe_mlp
+from scattermoe_jax._compat import current_device
+from scattermoe_jax.kernels import IMPLEMENTATIONS, Problem
+from scattermoe_jax.kernels.contract import reason_against
 from tests import oracle, plain, strategies
 from tests.accuracy import assert_accurate
-from tests.conftest import enable_x64
+from tests.conftest import enable_x64, on_cpu, poison_memory
 from tests.strategies import Case
 
 CASE = Case(12, 3, 5, 10, 6)
@@ -57,7 +60,7 @@ def inputs(case, dtype, *, gated=True, bias=True, seed=0):
   )
 
 
-def ours(inputs, ids, activation, num_experts):
+def ours(inputs, ids, activation, num_experts, implementation=None):
   x, gates, w_in, w_out, bias_in, bias_out = inputs
   return smoe_mlp(
     x,
@@ -69,6 +72,7 @@ def ours(inputs, ids, activation, num_experts):
     bias_out=bias_out,
     activation=activation,
     precision="highest",
+    implementation=implementation,
   )
 
 
@@ -148,23 +152,48 @@ def test_gradients_equal_finite_differences(x64):
   check_grads(layer, (arrays,), order=1, modes=["rev"])
 
 
-def assert_as_accurate_as_plain_xla(case, dtype, activation, *, gated, bias):
+def assert_as_accurate_as_plain_xla(
+  case, dtype, activation, *, gated, bias, function=ours
+):
   arrays = inputs(case, dtype, gated=gated, bias=bias)
   ids = strategies.expert_ids(case, "skewed")
   form = (ids, activation, case.num_experts)
-  got = value_and_grads(ours, arrays, *form)
   baseline = value_and_grads(theirs, arrays, *form)
-  with enable_x64():
+  poison_memory()
+  got = value_and_grads(function, arrays, *form)
+  with on_cpu(), enable_x64():
     wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), "float64"), arrays)
-    dy_rounded = value_and_grads(theirs, wide, *form)
+    truth = value_and_grads(theirs, wide, *form)
   for a, array in zip(got[1:], jax.tree.leaves(arrays), strict=True):
     assert a.dtype == array.dtype
-  assert_all_accurate(got, dy_rounded, baseline, err_msg=str(case))
+  assert_all_accurate(got, truth, baseline, err_msg=str(case))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_every_dtype_is_as_accurate_as_plain_xla(dtype):
   assert_as_accurate_as_plain_xla(CASE, dtype, "silu", gated=True, bias=True)
+
+
+_IMPLEMENTED = {
+  name: functools.partial(ours, implementation=name) for name in IMPLEMENTATIONS
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_every_backend_trains_on_a_gpu(name, dtype, bias):
+  case = Case(300, 4, 8, 256, 128)
+  problem = Problem(
+    case.num_rows, 8, 256, 128, str(jnp.dtype(dtype)), current_device()
+  )
+  if reason := reason_against(name, [problem]):
+    pytest.skip(reason)
+  function = _IMPLEMENTED[name]
+  assert_as_accurate_as_plain_xla(
+    case, dtype, "silu", gated=True, bias=bias, function=function
+  )
 
 
 def _matrix():
