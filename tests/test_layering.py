@@ -20,7 +20,7 @@ MAY_IMPORT = {
   "ops": {"kernels", "routing", "_compat"},
   "sharding": {"ops", "routing", "_compat"},
   "nn": {"sharding", "ops", "routing", "_compat"},
-  "models": {"nn", "_compat"},
+  "models": {"nn", "sharding", "_compat"},
   "checkpoints": {"models", "nn", "_compat"},
 }
 # A program stands above its room.

@@ -23,6 +23,7 @@ from scattermoe_jax.nn import (
   consecutive_positions,
   rotary_embedding,
 )
+from scattermoe_jax.sharding import MeshAxes
 
 
 class ModelMetrics(NamedTuple):
@@ -56,6 +57,8 @@ class Transformer(nn.Module):
 
   Attributes:
     config: its sizes and switches.
+    mesh_axes: which axes of a mesh split the experts, see
+      `scattermoe_jax.sharding`; None for one device.
 
   Example:
     >>> model = Transformer(ModelConfig(num_layers=1))
@@ -66,6 +69,7 @@ class Transformer(nn.Module):
   """
 
   config: ModelConfig
+  mesh_axes: MeshAxes | None = None
 
   @nn.compact
   def __call__(
@@ -102,7 +106,9 @@ class Transformer(nn.Module):
     layer_class = nn.remat(Layer) if config.remat else Layer
     layers = []
     for i in range(config.num_layers):
-      layer = layer_class(config, i, deterministic, name=f"layer_{i}")
+      layer = layer_class(
+        config, i, deterministic, self.mesh_axes, name=f"layer_{i}"
+      )
       x, *rest = layer(x, positions, segment_ids, cache and cache[i])
       layers.append(rest)
     attention_metrics, ffn_metrics, new_cache = zip(*layers, strict=True)
@@ -125,6 +131,7 @@ class Layer(nn.Module):
   config: ModelConfig
   index: int
   deterministic: bool = True
+  mesh_axes: MeshAxes | None = None
 
   @nn.compact
   def __call__(self, x, positions, segment_ids, cache):
@@ -196,6 +203,7 @@ class Layer(nn.Module):
       use_selection_bias=config.selection_bias,
       d_shared=config.d_shared or None,
       shared_gate=config.shared_gate,
+      mesh_axes=self.mesh_axes,
       dtype=config.dtype,
       param_dtype=config.param_dtype,
       implementation=config.implementation,
