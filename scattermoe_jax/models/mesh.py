@@ -16,6 +16,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -74,44 +75,54 @@ class Placement:
       return contextlib.nullcontext()
     return jax.set_mesh(self.mesh)
 
-  def init(self, init_state: Callable[[jax.Array], Tree], key: jax.Array):
+  def init(
+    self,
+    model: nn.Module,
+    init_state: Callable[[jax.Array], Tree],
+    key: jax.Array,
+  ) -> Tree:
     """Returns `init_state(key)`, each device making its own part.
 
     Args:
-      init_state: makes the state; its parameters may be boxed with logical
-        axis names.
+      model: whose parameters the state holds; their logical axis names decide
+        where they lie.
+      init_state: makes the state, its parameters without names.
       key: the random key.
     """
     if self.mesh is None:
       return jax.jit(init_state)(key)
-    shardings = self.shardings(jax.eval_shape(init_state, key))
-    unboxed = jax.jit(
-      lambda key: nn.unbox(init_state(key)), out_shardings=shardings
-    )
-    return unboxed(key)
+    named = jax.eval_shape(model.init, key, jnp.zeros((1, 8), jnp.int32))
+    places = self.shardings(jax.eval_shape(init_state, key), named["params"])
+    return jax.jit(init_state, out_shardings=places)(key)
 
-  def shardings(self, boxed: Tree) -> Tree:
-    """Returns where each leaf of a boxed state lies, without the boxes.
+  def shardings(self, state: Tree, named: Tree) -> Tree:
+    """Returns where each leaf of a state lies.
 
-    Logical axis names decide. A leaf without them, such as a matrix of
-    attention, is split along its first dimension that the fsdp axes divide.
+    A leaf is a parameter, or a moment of one, if its path ends as that of the
+    parameter. A matrix without logical axis names, such as one of attention, is
+    split along its first dimension that the fsdp axes divide.
+
+    Args:
+      state: the state, or its shapes.
+      named: the parameters, boxed with their logical axis names.
     """
     assert self.mesh is not None
-    names = nn.get_partition_spec(boxed)
-    by_name = nn.logical_to_mesh(names, _AXES.rules)
-    fsdp = self.mesh.shape["fsdp"]
+    mesh, fsdp = self.mesh, self.mesh.shape["fsdp"]
+    specs = nn.logical_to_mesh(nn.get_partition_spec(named), _AXES.rules)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+      specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+    spec_of = {tuple(map(str, path)): spec for path, spec in leaves}
 
-    def place(spec, leaf):
+    def place(path, leaf):
+      path = tuple(map(str, path))
+      ends = (spec_of.get(path[i:]) for i in range(len(path)))
+      spec = next((end for end in ends if end is not None), PartitionSpec())
       if not any(spec) and len(leaf.shape) > 1:
         spec = _first_divisible(leaf.shape, fsdp)
-      return NamedSharding(self.mesh, spec)
+      return NamedSharding(mesh, spec)
 
-    return jax.tree.map(
-      place,
-      by_name,
-      nn.unbox(boxed),
-      is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
-    )
+    return jax.tree_util.tree_map_with_path(place, state)
 
   def jit_step(self, step: Callable, state: Tree) -> Callable:
     """Returns the step compiled; the state stays where it is."""
@@ -143,7 +154,7 @@ class Placement:
     return state if self.mesh is None else jax.jit(join_gate)(state)
 
   def from_store(self, stored: Tree, like: Tree) -> Tree:
-    """Returns the state of what `to_store` made, on any mesh, lying as `like`."""
+    """Returns a state that `to_store` made, on any mesh, lying as `like`."""
     if self.mesh is None:
       return stored
     here = jax.tree.map(lambda leaf: leaf.sharding, like)
