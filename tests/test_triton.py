@@ -237,5 +237,6 @@ def test_blocks_fit_the_device(capability):
             assert tiles.shared_bytes(config, itemsize) <= tiles.shared_limit(
               capability
             )
+            assert config.num_stages >= 2
             for block in (config.block_m, config.block_n, config.block_k):
               assert block >= 16 and block & (block - 1) == 0

@@ -145,12 +145,18 @@ class _Groups(NamedTuple):
 
 
 def _groups(group_sizes: Int[Array, " G"], block_m: int, align: int) -> _Groups:
-  ends = jnp.cumsum(group_sizes).astype(jnp.int32)
+  ends = _running_sum(group_sizes)
   starts = ends - group_sizes
   aligned = starts - starts % jnp.int32(align)
   tiles = jnp.where(group_sizes > 0, -(-(ends - aligned) // block_m), 0)
-  tile_ends = jnp.cumsum(tiles).astype(jnp.int32)
-  return _Groups(starts, ends, aligned, tiles, tile_ends)
+  return _Groups(starts, ends, aligned, tiles, _running_sum(tiles))
+
+
+def _running_sum(sizes: Int[Array, " G"]) -> Int[Array, " G"]:
+  # G * G masked sums: on a GPU one small kernel, where a cumsum is several.
+  groups = jnp.arange(sizes.shape[0], dtype=jnp.int32)
+  upto = groups[None, :] <= groups[:, None]
+  return jnp.sum(jnp.where(upto, sizes[None, :], 0), axis=1, dtype=jnp.int32)
 
 
 def _with_ungrouped(
@@ -166,22 +172,29 @@ def _windows(
 ) -> WindowSchedule:
   groups = _groups(group_sizes, block_m, align)
   tiles = jnp.arange(length, dtype=jnp.int32)
-  # Comparing with every group's end beats a binary search on a GPU: one fused
-  # kernel of length * E comparisons.
-  group = jnp.sum(tiles[:, None] >= groups.tile_ends[None, :], axis=1)
-  group = jnp.minimum(group.astype(jnp.int32), group_sizes.shape[0] - 1)
-  first_tiles = (groups.tile_ends - groups.tiles)[group]
-  first_rows = groups.aligned[group] + (tiles - first_tiles) * block_m
+  # Comparing with every group's end beats a binary search on a GPU, and masked
+  # sums beat gathers: one fused kernel of length * E comparisons.
+  is_past = tiles[:, None] >= groups.tile_ends[None, :]
+  first_tiles = groups.tile_ends - groups.tiles
+  is_in = ~is_past & (tiles[:, None] >= first_tiles[None, :])
+
+  def of_group(values):
+    masked = jnp.where(is_in, values[None, :], 0)
+    return jnp.sum(masked, axis=1, dtype=jnp.int32)
+
+  group = jnp.sum(is_past, axis=1, dtype=jnp.int32)
+  place = (tiles - of_group(first_tiles)) * block_m
   in_use = tiles < groups.tile_ends[-1]
+  first_rows = jnp.where(in_use, of_group(groups.aligned) + place, 0)
 
   def clip(row):
     rows = jnp.where(in_use, jnp.clip(row - first_rows, 0, block_m), 0)
     return rows.astype(jnp.int32)
 
   return WindowSchedule(
-    expert_ids=group,
-    first_rows=jnp.where(in_use, first_rows, 0).astype(jnp.int32),
-    begins=clip(groups.starts[group]),
-    ends=clip(groups.ends[group]),
+    expert_ids=jnp.minimum(group, group_sizes.shape[0] - 1),
+    first_rows=first_rows.astype(jnp.int32),
+    begins=clip(of_group(groups.starts)),
+    ends=clip(of_group(groups.ends)),
     num_tiles=groups.tile_ends[-1],
   )

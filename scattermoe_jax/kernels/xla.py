@@ -1,21 +1,22 @@
 """The plain JAX backend: any dtype, any device, the truth for the others.
 
-One loop over the tiles of the schedule, each one dense product of one expert.
-The loop runs as often as there are tiles, so cost and memory follow the routed
+A loop over the tiles of the schedule, each one dense product of one expert. The
+loop runs as often as there are tiles, so cost and memory follow the routed
 rows. (`jax.lax.ragged_dot` instead multiplies every row by every expert outside
-TPUs.)
+TPUs.) On a GPU a step of the loop costs some 20 us of launches whatever it
+does, so there it takes many tiles at once, as one batched product.
 """
 
 import functools
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from scattermoe_jax._compat import vary_over, varying_axes
+from scattermoe_jax._compat import current_device, vary_over, varying_axes
 from scattermoe_jax.kernels import composed
 from scattermoe_jax.kernels.contract import Problem, accumulator_dtype
-from scattermoe_jax.kernels.schedule import tile_schedule
+from scattermoe_jax.kernels.schedule import TileSchedule, tile_schedule
 from scattermoe_jax.routing import Routing, input_rows
 
 # M = S rows, K = d, N = n, G = E
@@ -37,6 +38,17 @@ def block_rows(num_rows: int, num_experts: int) -> int:
   return min(max(1 << (mean - 1).bit_length(), 16), 512)
 
 
+def tiles_per_step(block_m: int, d_in: int, d_out: int, itemsize: int) -> int:
+  """Returns how many tiles a step of the loop takes: one, or many on a GPU.
+
+  As many as keep what a step copies, w and rows of both widths, below 128 MiB.
+  """
+  if current_device().platform != "gpu":
+    return 1
+  copied = (d_in * d_out + block_m * (d_in + d_out)) * itemsize
+  return min(max(2**27 // copied, 1), 64)
+
+
 def scatter2scatter(
   x: Float[Array, "rows d"],
   w: Float[Array, "E _ _"],
@@ -48,6 +60,7 @@ def scatter2scatter(
   transpose_w: bool = False,
   precision: lax.PrecisionLike = None,
   block_m: int | None = None,
+  step_tiles: int | None = None,
 ) -> Float[Array, "S n"]:
   """Returns y with y[row] = x[row] @ w[expert of row] + bias[expert of row].
 
@@ -61,43 +74,45 @@ def scatter2scatter(
     transpose_w: whether to multiply by the transpose of w[e].
     precision: of the products, as `jax.lax.dot_general` takes it.
     block_m: rows of a tile; by the mean group size if None.
+    step_tiles: tiles of a step; `tiles_per_step` if None.
   """
   num_rows = routing.num_rows
-  d_out = w.shape[1 if transpose_w else 2]
+  d_in, d_out = x.shape[1], w.shape[1 if transpose_w else 2]
   if num_rows == 0:
     return jnp.zeros((0, d_out), x.dtype)
   block_m = block_m or block_rows(num_rows, routing.num_experts)
+  if step_tiles is None:
+    step_tiles = tiles_per_step(block_m, d_in, d_out, x.dtype.itemsize)
   tiles = tile_schedule(routing.group_sizes, num_rows, block_m)
-  rows_in = _pad_rows(
-    input_rows(routing, x.shape[0], grouped=grouped_in), block_m
-  )
-  contract = (((1,), (1 if transpose_w else 0,)), ((), ()))
+  x_rows = input_rows(routing, x.shape[0], grouped=grouped_in)
+  y_rows = input_rows(routing, num_rows, grouped=grouped_out)
+  contract = (((2,), (2 if transpose_w else 1,)), ((0,), (0,)))
 
-  def multiply_tile(i, y):
-    first_row, expert = tiles.first_rows[i], tiles.expert_ids[i]
-    x_tile = x[lax.dynamic_slice(rows_in, (first_row,), (block_m,))]
-    y_tile = lax.dot_general(
-      x_tile,
-      w[expert],
+  def multiply_tiles(i, y):
+    taken = i * step_tiles + jnp.arange(step_tiles, dtype=jnp.int32)
+    experts = _take(tiles.expert_ids, taken)
+    rows, live = _rows_of(tiles, taken, block_m)
+    y_tiles = lax.dot_general(
+      x[_take(x_rows, rows)],
+      w[experts],
       contract,
       precision=precision,
       preferred_element_type=accumulator_dtype(x.dtype),
     )
     if bias is not None:
-      y_tile += bias[expert].astype(y_tile.dtype)[None, :]
-    # Rows past the group's end are zero until the next tile overwrites them:
-    # what remains zero at the end is the rows of no group.
-    y_tile = jnp.where(_live(tiles.num_rows[i], block_m), y_tile, 0)
-    return lax.dynamic_update_slice(
-      y, y_tile.astype(y.dtype), (first_row, jnp.zeros_like(first_row))
+      y_tiles += bias[experts].astype(y_tiles.dtype)[:, None, :]
+    # Rows past a group's end aim past y's, each at a place of its own.
+    dead = num_rows + jnp.arange(rows.size, dtype=jnp.int32)
+    at = jnp.where(live, _take(y_rows, rows), dead.reshape(rows.shape))
+    return y.at[at].set(
+      y_tiles.astype(y.dtype), mode="drop", unique_indices=True
     )
 
-  y = jnp.zeros((num_rows + block_m, d_out), x.dtype)
+  # What no tile writes remains zero: the rows of no group.
+  y = jnp.zeros((num_rows, d_out), x.dtype)
   y = vary_over(y, varying_axes(x, w, routing, bias))
-  y = lax.fori_loop(0, tiles.num_tiles, multiply_tile, y)
-  if grouped_out:
-    return y[:num_rows]
-  return y[routing.grouped_ids.reshape(num_rows)]
+  steps = -(-tiles.num_tiles // step_tiles)
+  return lax.fori_loop(0, steps, multiply_tiles, y)
 
 
 def group_xty(
@@ -109,6 +124,7 @@ def group_xty(
   y_grouped: bool = False,
   precision: lax.PrecisionLike = None,
   block_m: int | None = None,
+  step_tiles: int | None = None,
 ) -> Float[Array, "E d n"]:
   """Returns xty[e] = x_e^T y_e over the rows of expert e.
 
@@ -120,6 +136,7 @@ def group_xty(
     y_grouped: whether y is.
     precision: of the products, as `jax.lax.dot_general` takes it.
     block_m: rows of a tile; by the mean group size if None.
+    step_tiles: tiles of a step; `tiles_per_step` if None.
   """
   num_rows, num_experts = routing.num_rows, routing.num_experts
   d_in, d_out = x.shape[1], y.shape[1]
@@ -127,37 +144,62 @@ def group_xty(
   if num_rows == 0:
     return xty
   block_m = block_m or block_rows(num_rows, num_experts)
+  if step_tiles is None:
+    step_tiles = tiles_per_step(block_m, d_in, d_out, x.dtype.itemsize)
+    if step_tiles > 1:
+      block_m *= 2  # so that most experts are one tile
   tiles = tile_schedule(routing.group_sizes, num_rows, block_m)
-  x_rows = _pad_rows(
-    input_rows(routing, x.shape[0], grouped=x_grouped), block_m
-  )
-  y_rows = _pad_rows(
-    input_rows(routing, y.shape[0], grouped=y_grouped), block_m
+  sides = (
+    (x, input_rows(routing, x.shape[0], grouped=x_grouped)),
+    (y, input_rows(routing, y.shape[0], grouped=y_grouped)),
   )
 
-  def add_tile(i, carry):
-    xty, total = carry
-    first_row, expert = tiles.first_rows[i], tiles.expert_ids[i]
-    live = _live(tiles.num_rows[i], block_m)
+  def products(taken):
+    """Returns (tiles, d, n), the partial sums of some tiles."""
+    rows, live = _rows_of(tiles, taken, block_m)
     # Both operands are masked: zero times a neighbour's NaN would be NaN.
-    x_tile, y_tile = (
-      jnp.where(live, a[lax.dynamic_slice(rows, (first_row,), (block_m,))], 0)
-      for a, rows in ((x, x_rows), (y, y_rows))
+    x_tiles, y_tiles = (
+      jnp.where(live[:, :, None], a[_take(a_rows, rows)], 0)
+      for a, a_rows in sides
     )
-    partial = lax.dot_general(
-      x_tile,
-      y_tile,
-      (((0,), (0,)), ((), ())),
+    return lax.dot_general(
+      x_tiles,
+      y_tiles,
+      (((1,), (1,)), ((0,), (0,))),
       precision=precision,
       preferred_element_type=accumulator_dtype(x.dtype),
     )
-    continues = (i > 0) & (expert == tiles.expert_ids[jnp.maximum(i - 1, 0)])
-    total = jnp.where(continues, total, 0) + partial
+
+  # An expert of one tile is done in one product, many of them at a time. The
+  # others add up tile by tile, in order: no atomics, the same bits every time.
+  is_single = _take(routing.group_sizes, tiles.expert_ids) <= block_m
+  singles = _where(is_single & (tiles.num_rows > 0))
+  others = _where(~is_single & (tiles.num_rows > 0))
+
+  def set_tiles(i, xty):
+    taken = i * step_tiles + jnp.arange(step_tiles, dtype=jnp.int32)
+    taken = singles.at[taken].get(mode="fill", fill_value=singles.size)
+    dead = num_experts + jnp.arange(step_tiles, dtype=jnp.int32)
+    at = jnp.where(taken < singles.size, _take(tiles.expert_ids, taken), dead)
+    return xty.at[at].set(
+      products(taken).astype(xty.dtype), mode="drop", unique_indices=True
+    )
+
+  def add_tile(i, carry):
+    xty, total = carry
+    expert = tiles.expert_ids[others[i]]
+    last = tiles.expert_ids[others[jnp.maximum(i - 1, 0)]]
+    total = jnp.where((i > 0) & (expert == last), total, 0)
+    total += products(others[i][None])[0]
     return xty.at[expert].set(total.astype(xty.dtype)), total
 
+  axes = varying_axes(x, y, routing)
+  steps = -(-jnp.sum(singles < singles.size, dtype=jnp.int32) // step_tiles)
+  xty = lax.fori_loop(0, steps, set_tiles, vary_over(xty, axes))
   total = jnp.zeros((d_in, d_out), accumulator_dtype(x.dtype))
-  carry = vary_over((xty, total), varying_axes(x, y, routing))
-  return lax.fori_loop(0, tiles.num_tiles, add_tile, carry)[0]
+  steps = jnp.sum(others < others.size, dtype=jnp.int32)
+  carry = xty, vary_over(total, axes)
+  return lax.fori_loop(0, steps, add_tile, carry)[0]
 
 
 up_projection = functools.partial(composed.up_projection, scatter2scatter)
@@ -166,10 +208,21 @@ down_projection_grad = functools.partial(
 )
 
 
-def _pad_rows(rows: Int[Array, " S"], block_m: int) -> Int[Array, " _"]:
-  # The last tile may reach past the end; its rows there are masked.
-  return jnp.pad(rows, (0, block_m))
+def _rows_of(
+  tiles: TileSchedule, taken: Int[Array, " C"], block_m: int
+) -> tuple[Int[Array, "C B"], Bool[Array, "C B"]]:
+  """Returns the grouped rows of some tiles, and which are theirs."""
+  lanes = jnp.arange(block_m, dtype=jnp.int32)[None, :]
+  rows = _take(tiles.first_rows, taken)[:, None] + lanes
+  return rows, lanes < _take(tiles.num_rows, taken)[:, None]
 
 
-def _live(num_rows: Int[Array, ""], block_m: int) -> Array:
-  return (jnp.arange(block_m, dtype=jnp.int32) < num_rows)[:, None]
+def _take(a: Int[Array, " L"], at: Int[Array, "*at"]) -> Int[Array, "*at"]:
+  """Returns a[at]; zero past its end, so that absent tiles have no rows."""
+  return a.at[at].get(mode="fill", fill_value=0)
+
+
+def _where(mask: Bool[Array, " L"]) -> Int[Array, " L"]:
+  """Returns the places where the mask holds, ascending; then L."""
+  (places,) = jnp.nonzero(mask, size=mask.size, fill_value=mask.size)
+  return places.astype(jnp.int32)

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from scattermoe_jax.kernels.schedule import max_tiles, tile_schedule
+from scattermoe_jax.kernels.schedule import max_windows, window_schedule
 from scattermoe_jax.kernels.triton.launch import launch, load, store
 from scattermoe_jax.kernels.triton.tiles import TritonConfig
 from scattermoe_jax.routing import Routing
@@ -102,16 +102,14 @@ def _tiles(routing, block_m) -> dict[str, Array]:
   out by itself whether a tile starts there, and a decode step is launches
   shorter.
   """
-  num_rows, num_groups = routing.num_rows, routing.num_experts + 1
-  if num_rows <= max_tiles(num_rows, num_groups, block_m):
+  num_rows = routing.num_rows
+  if num_rows <= max_windows(num_rows, routing.num_experts, block_m):
     return {"expert_ids": routing.expert_ids}
-  sizes = routing.group_sizes
-  rest = jnp.int32(num_rows) - jnp.sum(sizes, dtype=jnp.int32)
-  tiles = tile_schedule(jnp.append(sizes, rest), num_rows, block_m)
+  tiles = window_schedule(routing.group_sizes, num_rows, block_m)
   return {
     "expert_ids": tiles.expert_ids,
     "first_rows": tiles.first_rows,
-    "counts": tiles.num_rows,
+    "counts": tiles.ends,
   }
 
 

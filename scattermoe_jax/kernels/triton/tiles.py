@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from scattermoe_jax.kernels.schedule import max_tiles
+
 # Shared memory that one program can have, in KiB, by compute capability.
 # Source: CUDA C programming guide, technical specifications.
 _SHARED_KIB = {
@@ -13,6 +15,9 @@ _SHARED_KIB = {
   (11, 0): 227,
 }
 _SHARED_KIB_ELSE = 99
+
+# A part of the contraction below this is all prologue.
+_LEAST_CONTRACTION = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +63,34 @@ def scatter2scatter_config(
   capability: tuple[int, int],
   num_cores: int,
 ) -> TritonConfig:
-  """Returns the blocks of `scatter2scatter` for a shape and a device."""
+  """Returns the blocks of `scatter2scatter` for a shape and a device.
+
+  block_m is such that most groups are one tile if they are short: then every
+  weight is read once. Below 128 rows that reading is all that counts, and what
+  speeds it up is loads in flight: many short steps, or parts of the contraction
+  where there are too few tiles for the device. Measured on an H200; elsewhere
+  made to fit.
+  """
   mean = -(-num_rows // num_experts)
   block_m = min(max(_power_of_two(mean + mean // 2), 16), 128)
-  if block_m == 128:
-    config = TritonConfig(128, min(256, _power_of_two(d_out)), 64, 3, 8)
+  if block_m < 64:
+    config = TritonConfig(block_m, 128, 32, num_stages=8, num_warps=4)
+  elif block_m < 128:
+    config = TritonConfig(block_m, 128, 64, num_stages=4, num_warps=4)
   else:
-    config = TritonConfig(block_m, min(128, _power_of_two(d_out)), 64, 4, 4)
-  config = dataclasses.replace(config, block_n=max(config.block_n, 16))
-  tiles = min(num_rows, -(-num_rows // block_m) + num_experts - 1)
-  programs = tiles * -(-d_out // config.block_n)
-  split = 1
-  while programs * split < 2 * num_cores and d_in >= 8 * 64 * split:
-    split *= 2
-  config = dataclasses.replace(config, split_k=split)
-  return _fit(config, d_in, itemsize, capability)
+    config = _large(itemsize, capability)
+  block_n = min(config.block_n, max(_power_of_two(d_out), 16))
+  config = dataclasses.replace(config, block_n=block_n)
+  tiles = max_tiles(num_rows, num_experts, block_m)
+  programs = tiles * -(-d_out // block_n)
+  split_k = 1
+  while (
+    programs * split_k < 2 * num_cores
+    and d_in >= 2 * split_k * _LEAST_CONTRACTION
+  ):
+    split_k *= 2
+  config = dataclasses.replace(config, split_k=split_k)
+  return _fit(config, itemsize, capability)
 
 
 def group_xty_config(
@@ -80,25 +98,31 @@ def group_xty_config(
 ) -> TritonConfig:
   """Returns the blocks of `group_xty` for a shape and a device."""
   config = TritonConfig(
-    max(16, min(128, _power_of_two(d_in))),
-    max(16, min(128, _power_of_two(d_out))),
-    64,
-    3,
-    4,
+    block_m=min(128, max(_power_of_two(d_in), 16)),
+    block_n=min(128, max(_power_of_two(d_out), 16)),
+    block_k=64 if itemsize == 2 else 32,
+    num_stages=3,
+    num_warps=4 if itemsize == 2 else 8,
   )
-  return _fit(config, 64, itemsize, capability)
+  return _fit(config, itemsize, capability)
 
 
-def _fit(config, d_in, itemsize, capability):
-  limit = shared_limit(capability)
-  while shared_bytes(config, itemsize) > limit:
-    if config.num_stages > 2:
-      config = dataclasses.replace(config, num_stages=config.num_stages - 1)
-    elif config.block_k > 32:
-      config = dataclasses.replace(config, block_k=config.block_k // 2)
-    else:
-      config = dataclasses.replace(config, block_n=config.block_n // 2)
-  return config
+def _large(itemsize: int, capability: tuple[int, int]) -> TritonConfig:
+  """Returns the blocks for many rows per expert."""
+  if itemsize > 2:
+    return TritonConfig(128, 128, 32, num_stages=3, num_warps=8)
+  if shared_limit(capability) < 150 * 1024:
+    return TritonConfig(128, 128, 32, num_stages=4, num_warps=4)
+  return TritonConfig(128, 256, 64, num_stages=3, num_warps=8)
+
+
+def _fit(
+  config: TritonConfig, itemsize: int, capability: tuple[int, int]
+) -> TritonConfig:
+  """Returns the config with as many stages as shared memory holds."""
+  stage = shared_bytes(dataclasses.replace(config, num_stages=1), itemsize)
+  num_stages = min(config.num_stages, shared_limit(capability) // stage)
+  return dataclasses.replace(config, num_stages=num_stages)
 
 
 def _power_of_two(n: int) -> int:
