@@ -8,7 +8,6 @@ import pytest
 from scattermoe_jax._compat import Device
 from scattermoe_jax.kernels import Problem, triton, xla
 from scattermoe_jax.kernels.triton import tiles
-from scattermoe_jax.ops.activations import get_activation
 from scattermoe_jax.routing import route
 from tests import oracle, plain, strategies
 from tests.accuracy import assert_accurate
@@ -58,26 +57,27 @@ def test_scatter2scatter_equals_the_oracle_on_hard_routings(dtype, split_k):
     )
 
 
-@pytest.mark.parametrize("split_k", [1, 2])
-def test_scatter2scatter_takes_every_layout(split_k):
-  config = tiles.TritonConfig(16, 16, 16, 2, 4, split_k)
-  ids = ids_of("some_not_here")
-  w = normal(CASE.num_experts, CASE.n, CASE.d, seed=1)
-  for grouped_in, grouped_out in ((0, 1), (1, 0), (1, 1)):
-    x = normal(CASE.num_rows, CASE.d)
-    layout = dict(
-      grouped_in=bool(grouped_in), grouped_out=bool(grouped_out),
-      transpose_w=True,
+@pytest.mark.parametrize("layout", ["grouped", "scattered"])
+def test_a_decode_step_finds_its_tiles_without_a_schedule(layout):
+  case = Case(num_tokens=9, top_k=3, num_experts=32, d=40, n=24)
+  x = normal(case.num_tokens, case.d)
+  w = normal(case.num_experts, case.d, case.n, seed=1)
+  grouped_out = layout == "grouped"
+
+  @jax.jit
+  def run(ids):
+    return triton.scatter2scatter(
+      x, w, route(ids, case.num_experts), grouped_out=grouped_out,
+      config=CONFIG, interpret=True,
     )  # fmt: skip
-    y = triton.scatter2scatter(
-      x, w, routing_of(ids), **layout, config=config,
-      interpret=True,
-    )  # fmt: skip
+
+  for pattern in strategies.PATTERNS:
+    ids = strategies.expert_ids(case, pattern)
     assert_accurate(
-      y,
-      oracle.scatter2scatter(x, w, ids, **layout),
-      plain.scatter2scatter(x, w, ids, **layout),
-      err_msg=str(layout),
+      run(ids),
+      oracle.scatter2scatter(x, w, ids, grouped_out=grouped_out),
+      plain.scatter2scatter(x, w, jnp.asarray(ids), grouped_out=grouped_out),
+      err_msg=pattern,
     )
 
 
@@ -145,37 +145,13 @@ def test_parts_of_the_contraction_sum_the_same_every_time():
   )
 
 
-def test_fused_forms_equal_those_of_xla():
-  ids = ids_of("some_not_here")
-  routing = routing_of(ids)
-  activation = get_activation("silu", gated=True)
-  x = normal(CASE.num_tokens, CASE.d)
-  w_in = normal(CASE.num_experts, CASE.d, 2 * CASE.n, seed=1)
-  w_out = normal(CASE.num_experts, CASE.n, CASE.d, seed=2)
-  gates = normal(CASE.num_rows, seed=3)
-  results = []
-  for backend in (triton_interpreted(), xla):
-    h, a = backend.up_projection(
-      x, w_in, routing, bias=None, activation=activation, keep_h=True
-    )
-    results.append(
-      (h, a)
-      + backend.down_projection_grad(
-        x, w_out, h, gates, routing, activation=activation
-      )
-    )
-  for got, want in zip(*results, strict=True):
-    np.testing.assert_allclose(
-      got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max()
-    )
-
-
 def test_vmap_equals_a_loop():
   ids = np.stack([ids_of("skewed"), ids_of("some_not_here")])
   x = normal(2, CASE.num_tokens, CASE.d)
   w = normal(CASE.num_experts, CASE.d, CASE.n, seed=1)
   backend = triton_interpreted()
 
+  @jax.jit
   def both(x, ids):
     routing = routing_of(ids)
     y = backend.scatter2scatter(x, w, routing, grouped_out=True)
@@ -240,3 +216,78 @@ def test_blocks_fit_the_device(capability):
             assert config.num_stages >= 2
             for block in (config.block_m, config.block_n, config.block_k):
               assert block >= 16 and block & (block - 1) == 0
+
+
+@pytest.mark.gpu
+def test_precision_decides_the_error_of_float32():
+  ids = strategies.expert_ids(CASE, "skewed")
+  x = normal(CASE.num_tokens, 512)
+  w = normal(CASE.num_experts, 512, 96, seed=1)
+  want = oracle.scatter2scatter(x, w, ids)
+  error = {}
+  for precision in (None, jax.lax.Precision.HIGHEST):
+    y = triton.scatter2scatter(x, w, routing_of(ids), precision=precision)
+    error[precision] = np.abs(np.asarray(y) - want).max() / np.abs(want).max()
+  assert error[jax.lax.Precision.HIGHEST] < 2e-6 < 1e-5 < error[None] < 2e-3
+
+
+@pytest.mark.gpu
+def test_offsets_pass_two_billion_elements():
+  # w has 2^31 + 2^22 elements: its last expert lies past 32-bit offsets.
+  num_experts, d, n = 513, 2048, 2048
+  w = jnp.zeros((num_experts, d, n), jnp.bfloat16)
+  last = normal(d, n, dtype="bfloat16")
+  w = jax.jit(lambda w: w.at[-1].set(last), donate_argnums=0)(w)
+  x = normal(8, d, dtype="bfloat16", seed=1)
+  routing = route(jnp.full((8, 1), num_experts - 1), num_experts)
+  y = triton.scatter2scatter(x, w, routing)
+  want = np.asarray(x, np.float64) @ np.asarray(last, np.float64)
+  assert_accurate(y, want, jnp.dot(x, last))
+
+
+@pytest.mark.gpu
+def test_products_repeat_to_the_bit():
+  case = Case(4096, 4, 32, 512, 256)
+  ids = jnp.asarray(strategies.expert_ids(case, "skewed"))
+  x = normal(case.num_tokens, case.d, dtype="bfloat16")
+  w = normal(case.num_experts, case.d, case.n, dtype="bfloat16", seed=1)
+
+  @jax.jit
+  def run(x, w, ids):
+    routing = route(ids, case.num_experts)
+    y = triton.scatter2scatter(x, w, routing, grouped_out=True)
+    return y, triton.group_xty(x, y, routing, y_grouped=True)
+
+  first = run(x, w, ids)
+  for _ in range(5):
+    for got, want in zip(run(x, w, ids), first, strict=True):
+      np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("case", [
+  Case(300, 3, 8, 600, 100),
+  Case(1, 2, 8, 600, 8),
+  Case(2000, 2, 4, 256, 256),
+], ids=str)  # fmt: skip
+def test_odd_shapes_on_the_device(case, dtype):
+  x = normal(case.num_tokens, case.d, dtype=dtype)
+  w = normal(case.num_experts, case.d, case.n, dtype=dtype, seed=1)
+  for pattern in ("even", "skewed", "some_not_here"):
+    ids = strategies.expert_ids(case, pattern)
+    routing = route(jnp.asarray(ids), case.num_experts)
+    y = triton.scatter2scatter(x, w, routing)
+    assert_accurate(
+      y,
+      oracle.scatter2scatter(x, w, ids),
+      xla.scatter2scatter(x, w, routing),
+      err_msg=pattern,
+    )
+    args = x, y, ids, case.num_experts
+    assert_accurate(
+      triton.group_xty(x, y, routing),
+      oracle.group_xty(*args),
+      xla.group_xty(x, y, routing),
+      err_msg=pattern,
+    )
