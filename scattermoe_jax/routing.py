@@ -112,9 +112,9 @@ def _route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
   in_range = (expert_ids >= 0) & (expert_ids < num_experts)
   flat_ids = jnp.where(in_range, expert_ids, num_experts).reshape(num_rows)
   flat_ids = flat_ids.astype(jnp.int32)
+  small = num_rows <= _MAX_COUNTED_ROWS and num_experts <= _MAX_COUNTED_ROWS
   on_gpu = current_device().platform == "gpu"
-  few = 0 < num_rows <= _MAX_COUNTED_ROWS and num_experts <= _MAX_COUNTED_KEYS
-  sort = _counting_sort if on_gpu and few else _comparison_sort
+  sort = _counting_sort if on_gpu and small else _comparison_sort
   grouped_ids, scattered_ids, sizes = sort(flat_ids, num_experts)
   return Routing(
     expert_ids=flat_ids[scattered_ids],
@@ -153,7 +153,7 @@ _Sorted = tuple[Int[Array, " S"], Int[Array, " S"], Int[Array, " E"]]
 
 
 def _comparison_sort(flat_ids: Int[Array, " S"], num_experts: int) -> _Sorted:
-  """Sorts by the library's stable sort: the best on a CPU."""
+  """Sorts by the library's stable sort."""
   rows = jnp.arange(flat_ids.shape[0], dtype=jnp.int32)
   sorted_ids, scattered_ids = lax.sort(
     (flat_ids, vary_over(rows, varying_axes(flat_ids))),
@@ -167,49 +167,21 @@ def _comparison_sort(flat_ids: Int[Array, " S"], num_experts: int) -> _Sorted:
   return _inverse(scattered_ids), scattered_ids, sizes
 
 
-# Counts are summed in float32, exact to here; every row meets every key.
-_MAX_COUNTED_ROWS = 2**24
-_MAX_COUNTED_KEYS = 4096
+# Every row meets every other. An H200 sorts 4096 ids so in 4 us, by the
+# library's sort in 20 us; 196608 ids, in blocks, in no less than the library.
+_MAX_COUNTED_ROWS = 4096
 
 
 def _counting_sort(flat_ids: Int[Array, " S"], num_experts: int) -> _Sorted:
-  """Sorts by counting: few small kernels on a GPU, where a sort takes many.
-
-  The grouped row of a row is the number of rows before it: those of smaller
-  experts, those of its expert in earlier blocks of rows, and those of its
-  expert before it in its own block.
-  """
-  num_rows = flat_ids.shape[0]
-  block = num_rows if num_rows <= 4096 else 512
-  nowhere = num_experts + 1
-  blocks = jnp.pad(flat_ids, (0, -num_rows % block), constant_values=nowhere)
-  blocks = blocks.reshape(-1, block)
-
-  earlier = jnp.tril(jnp.ones((block, block), bool), -1)[None]
-  same = blocks[:, :, None] == blocks[:, None, :]
-  rank = jnp.sum(same & earlier, axis=2, dtype=jnp.int32)
-
-  experts = jnp.arange(num_experts + 1, dtype=jnp.int32)[None, None]
-  counts = jnp.sum(blocks[:, :, None] == experts, axis=1, dtype=jnp.int32)
-  sizes = jnp.sum(counts, axis=0, dtype=jnp.int32)
-  smaller = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
-  before = smaller[None] + _sum_of_earlier(counts)
-
-  clipped = jnp.minimum(blocks, num_experts)
-  positions = rank + jnp.take_along_axis(before, clipped, axis=1)
-  grouped_ids = positions.reshape(-1)[:num_rows]
-  return grouped_ids, _inverse(grouped_ids), sizes[:num_experts]
-
-
-def _sum_of_earlier(counts: Int[Array, "N K"]) -> Int[Array, "N K"]:
-  """Returns the sum of the rows above each row, by a product on the GPU."""
-  num_blocks = counts.shape[0]
-  if num_blocks == 1:
-    return jnp.zeros_like(counts)
-  above = jnp.tril(jnp.ones((num_blocks, num_blocks), jnp.float32), -1)
-  return jnp.dot(
-    above, counts.astype(jnp.float32), precision=lax.Precision.HIGHEST
-  ).astype(jnp.int32)
+  """Sorts by counting the rows before each row: two kernels on a GPU."""
+  rows = jnp.arange(flat_ids.shape[0], dtype=jnp.int32)
+  here, other = flat_ids[:, None], flat_ids[None, :]
+  earlier = rows[None, :] < rows[:, None]
+  before = (other < here) | ((other == here) & earlier)
+  grouped_ids = jnp.sum(before, axis=1, dtype=jnp.int32)
+  experts = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
+  sizes = jnp.sum(flat_ids[None, :] == experts, axis=1, dtype=jnp.int32)
+  return grouped_ids, _inverse(grouped_ids), sizes
 
 
 def _inverse(permutation: Int[Array, " S"]) -> Int[Array, " S"]:

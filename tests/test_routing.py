@@ -61,9 +61,9 @@ def test_sizes_are_read_off_the_routing():
   assert all(a.dtype == jnp.int32 for a in got)
 
 
-@pytest.mark.parametrize("num_rows", [1, 13, 4096, 4097, 9000])
+@pytest.mark.parametrize("num_rows", [0, 1, 13, 1000])
 def test_both_sorts_agree(num_rows):
-  # A GPU counts, a CPU compares: the same ids, in one block and in several.
+  # A GPU counts where rows are few: the same ids.
   flat_ids = np.random.default_rng(0).integers(0, 12, num_rows)
   flat_ids[::7] = 11  # "not here"
   flat_ids = jnp.asarray(flat_ids, jnp.int32)
