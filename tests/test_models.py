@@ -185,7 +185,7 @@ OTHER_VALUES = {
 # Fields that act only beside another, and those that change no result.
 WITH = {
   "attention_experts": ({"attention": "moa"}, 4),
-  "attention_top_k": ({"attention": "moa", "num_heads": 6}, 3),
+  "attention_top_k": ({"attention": "moa"}, 1),
   "attention_scoring": ({"attention": "moa"}, "softmax_top_k"),
   "sliding_layers": ({"sliding_window": 2}, (1,)),
   "d_ff": ({"ffn": "dense"}, 12),
@@ -205,30 +205,29 @@ def test_every_config_field_is_tested():
 def test_every_config_field_acts():
   ids = random_ids(1, 6)
 
-  def run(config):
+  def shapes(config):
+    init = Transformer(config).init
+    return jax.eval_shape(init, jax.random.key(0), ids)
+
+  @functools.cache
+  def logits(config):
     model = Transformer(config)
-    variables = random_variables(model)
-    shapes = jax.tree.map(lambda a: a.shape, variables)
-    return shapes, model.apply(variables, ids).logits
+    return model.apply(random_variables(model), ids).logits
 
   cases = {name: ({}, value) for name, value in OTHER_VALUES.items()} | WITH
-  results = {}
   for name, (others, value) in cases.items():
-    key = tuple(sorted(others.items()))
     base = dataclasses.replace(TINY, **others)
-    if key not in results:
-      results[key] = run(base)
-    shapes, logits = results[key]
-    new_shapes, new_logits = run(dataclasses.replace(base, **{name: value}))
-    if new_shapes == shapes:
-      difference = float(jnp.abs(new_logits - logits).max())
-      assert difference > 1e-3 * float(logits.std()), f"{name} does nothing"
-    assert bool(jnp.isfinite(new_logits).all()), name
+    changes = {name: value}
+    if name == "attention_top_k":
+      changes["num_heads"] = value * TINY.num_kv_heads
+    changed = dataclasses.replace(base, **changes)
+    if shapes(base) == shapes(changed):
+      difference = float(jnp.abs(logits(changed) - logits(base)).max())
+      assert difference > 1e-3, f"{name} does nothing"
 
 
-@pytest.mark.parametrize("attention", ["mha", "moa"])
-def test_remat_and_dtypes_leave_the_function(attention):
-  config = dataclasses.replace(TINY, attention=attention)
+def test_remat_and_dtypes_leave_the_function():
+  config = dataclasses.replace(TINY, num_layers=1)
   variables = random_variables(Transformer(config))
   ids = random_ids(1, 6)
   logits = Transformer(config).apply(variables, ids).logits
@@ -237,8 +236,9 @@ def test_remat_and_dtypes_leave_the_function(attention):
   def loss(params, model):
     return jnp.square(model.apply({"params": params}, ids).logits).mean()
 
-  grads = jax.grad(loss)(variables["params"], Transformer(config))
-  again = jax.grad(loss)(variables["params"], remat)
+  grad = jax.jit(jax.grad(loss), static_argnums=1)
+  grads = grad(variables["params"], Transformer(config))
+  again = grad(variables["params"], remat)
   for a, b in zip(*map(jax.tree.leaves, (grads, again)), strict=True):
     np.testing.assert_allclose(b, a, rtol=1e-4)
   half = dataclasses.replace(config, dtype="bfloat16")
@@ -252,7 +252,7 @@ def test_remat_and_dtypes_leave_the_function(attention):
 
 
 def test_jitter_needs_a_key_and_changes_training_only():
-  config = dataclasses.replace(TINY, router_jitter=0.5)
+  config = dataclasses.replace(TINY, num_layers=1, router_jitter=0.5)
   model = Transformer(config)
   variables = random_variables(model)
   ids = random_ids(1, 6)
@@ -325,7 +325,7 @@ def test_greedy_sample_takes_the_likeliest_token_of_the_full_pass():
   variables = random_variables(model)
   prompt = random_ids(2, 3)
   tokens = sample(
-    model, variables, prompt, 4, key=jax.random.key(0), temperature=0
+    model, variables, prompt, 4, key=jax.random.key(0), temperature=0.0
   )
   text = jnp.concatenate([prompt, tokens], axis=1)
   logits = model.apply(variables, text).logits

@@ -51,7 +51,7 @@ class ModelConfig:
   ffn: str = "moe"
   dense_layers: tuple[int, ...] = ()
   d_ff: int = 256
-  num_experts: int = 8
+  num_experts: int = 16
   top_k: int = 2
   d_expert: int = 128
   activation: str = "silu"  # "clamped_swiglu": gpt-oss.

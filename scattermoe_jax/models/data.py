@@ -109,7 +109,7 @@ def train_batch(
   step: int,
   batch_size: int,
   sequence_length: int,
-) -> Int[np.ndarray, "B L+1"]:
+) -> Int[np.ndarray, "B window"]:
   """Returns random windows, the same for the same seed and step."""
   random = np.random.Generator(np.random.Philox(key=[seed, step]))
   last = tokens.size - sequence_length
@@ -123,7 +123,7 @@ def validation_batches(
   num_batches: int,
   batch_size: int,
   sequence_length: int,
-) -> Iterator[Int[np.ndarray, "B L+1"]]:
+) -> Iterator[Int[np.ndarray, "B window"]]:
   """Yields windows spread evenly over the tokens, the same ones every time.
 
   Windows overlap where there are too few tokens.

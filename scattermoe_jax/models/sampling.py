@@ -19,7 +19,7 @@ def sample(
   key: Array,
   temperature: float = 1.0,
   top_p: float = 1.0,
-) -> Int[Array, "B num_tokens"]:
+) -> Int[Array, "B N"]:
   """Returns the tokens that continue each prompt; pure, to be jitted.
 
   The prompt fills the cache in one pass; then every token costs one pass over

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -45,11 +46,11 @@ class TrainConfig:
     seed: of the initial weights and of the batches.
   """
 
-  steps: int = 600
+  steps: int = 500
   batch_size: int = 16
-  sequence_length: int = 256
+  sequence_length: int = 128
   accumulate: int = 1
-  learning_rate: float = 3e-3
+  learning_rate: float = 4e-3
   warmup_steps: int = 50
   weight_decay: float = 0.1
   clip_norm: float = 1.0
@@ -128,7 +129,7 @@ def init_state(
   model: Transformer, optimizer: optax.GradientTransformation, key: Array
 ) -> TrainState:
   """Returns the state before the first step; can be jitted."""
-  variables = model.init(key, jnp.zeros((1, 8), jnp.int32))
+  variables = nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32)))
   return start_state(
     optimizer, variables["params"], variables.get("router_state", {})
   )
@@ -171,19 +172,23 @@ def make_train_step(
     variables = {"params": params, "router_state": router_state}
     return total_loss(model, variables, batch, config, key)
 
-  def train_step(state: TrainState, batch: Int[Array, "B L+1"]):
+  def train_step(state: TrainState, batch: Int[Array, "B window"]):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     grads, metrics = _accumulate(
       jax.grad(loss_fn, has_aux=True), state, batch, key, config.accumulate
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # optax multiplies its integer count with floats.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params
+      )
     state = state._replace(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       router_state=_balance(state.router_state, metrics.routers, config),
       opt_state=opt_state,
     )
-    return state, metrics._replace(grad_norm=optax.global_norm(grads))
+    return state, metrics._replace(grad_norm=_norm(grads))
 
   return train_step
 
@@ -191,7 +196,7 @@ def make_train_step(
 def total_loss(
   model: Transformer,
   variables: Tree,
-  batch: Int[Array, "B L+1"],
+  batch: Int[Array, "B window"],
   config: TrainConfig,
   key: Array | None = None,
 ) -> tuple[Float[Array, ""], StepMetrics]:
@@ -228,7 +233,7 @@ def cross_entropy(
 
 
 def evaluate_batch(
-  model: Transformer, variables: Tree, batch: Int[Array, "B L+1"]
+  model: Transformer, variables: Tree, batch: Int[Array, "B window"]
 ) -> Float[Array, ""]:
   """Returns the mean cross entropy of a batch, in nats."""
   output = model.apply(variables, batch[:, :-1])
@@ -309,6 +314,11 @@ def _is_matrix(params):
     return path[-1].key in _MATRICES
 
   return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _norm(tree):
+  squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
+  return jnp.sqrt(sum(square.astype(jnp.float32) for square in squares))
 
 
 def _mean(losses):

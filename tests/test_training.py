@@ -1,0 +1,269 @@
+"""The data, the loss, the train step."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from scattermoe_jax.models import ModelConfig, Transformer, data
+from scattermoe_jax.models.training import (
+  TrainConfig,
+  cross_entropy,
+  init_state,
+  make_optimizer,
+  make_train_step,
+  total_loss,
+)
+
+MODEL = ModelConfig(
+  vocab_size=11,
+  d_model=16,
+  num_layers=1,
+  num_heads=2,
+  num_kv_heads=2,
+  head_dim=8,
+  num_experts=4,
+  d_expert=16,
+)
+TRAIN = TrainConfig(
+  steps=40,
+  batch_size=8,
+  sequence_length=12,
+  warmup_steps=5,
+  learning_rate=2e-2,
+)
+
+
+def start(model_config=MODEL, config=TRAIN):
+  model, optimizer = Transformer(model_config), make_optimizer(config)
+  state = init_state(model, optimizer, jax.random.key(0))
+  return model, state, jax.jit(make_train_step(model, optimizer, config))
+
+
+def counting_batch(step, config=TRAIN):
+  """Returns sequences that count up modulo 11 from random starts."""
+  starts = np.random.default_rng(step).integers(0, 11, config.batch_size)
+  rows = starts[:, None] + np.arange(config.sequence_length + 1)[None]
+  return jnp.asarray(rows % 11, jnp.int32)
+
+
+def test_training_learns_and_balances():
+  _, state, train_step = start()
+  losses, balances = [], []
+  for step in range(TRAIN.steps):
+    state, metrics = train_step(state, counting_batch(step))
+    losses.append(float(metrics.loss))
+    balances.append(float(metrics.balance))
+  assert abs(losses[0] - np.log(11)) < 1.2
+  assert losses[-1] < 0.1
+  assert int(state.step) == TRAIN.steps
+  # k = 2 is perfect balance, and 4 the worst: two experts take all.
+  assert balances[-1] < 2.5
+
+
+def test_accumulated_parts_step_like_the_whole_batch():
+  batch = counting_batch(0)
+  steps = {}
+  for parts in (1, 4):
+    # The balance loss of parts is not that of the whole: leave it out.
+    config = dataclasses.replace(TRAIN, accumulate=parts, balance_coef=0.0)
+    _, state, train_step = start(config=config)
+    steps[parts] = train_step(state, batch)[1]
+  for name in ("loss", "z", "grad_norm"):
+    np.testing.assert_allclose(
+      getattr(steps[4], name), getattr(steps[1], name), rtol=1e-5
+    )
+  np.testing.assert_array_equal(
+    steps[4].routers.ffn.tokens_per_expert,
+    steps[1].routers.ffn.tokens_per_expert,
+  )
+
+
+def test_total_loss_adds_the_router_losses_by_their_coefficients():
+  model, state, _ = start()
+  variables = {"params": state.params}
+  batch = counting_batch(0)
+
+  def loss(**coefficients):
+    config = dataclasses.replace(TRAIN, **coefficients)
+    return total_loss(model, variables, batch, config)
+
+  total, metrics = loss(balance_coef=0.5, z_coef=0.25)
+  want = metrics.loss + 0.5 * metrics.balance + 0.25 * metrics.z
+  np.testing.assert_allclose(total, want, rtol=1e-6)
+  logits = np.asarray(model.apply(variables, batch[:, :-1]).logits, np.float64)
+  log_z = np.log(np.exp(logits).sum(axis=-1))
+  targets = np.asarray(batch)[:, 1:, None]
+  chosen = np.take_along_axis(logits, targets, axis=-1)[..., 0]
+  np.testing.assert_allclose(metrics.loss, (log_z - chosen).mean(), rtol=1e-6)
+  certain = 100.0 * jax.nn.one_hot(batch, 11)
+  assert float(cross_entropy(certain, batch)) == 0
+
+
+def test_selection_bias_moves_against_the_load():
+  config = dataclasses.replace(MODEL, scoring="sigmoid", selection_bias=True)
+  _, state, train_step = start(config)
+  state, metrics = train_step(state, counting_batch(0))
+  load = np.asarray(metrics.routers.ffn.tokens_per_expert[0])
+  bias = state.router_state["layer_0"]["ffn"]["router"]["selection_bias"]
+  want = TRAIN.selection_bias_rate * np.sign(load.mean() - load)
+  np.testing.assert_allclose(bias, want, rtol=1e-6)
+
+
+def test_weight_decay_and_frozen_weights():
+  optimizer = make_optimizer(dataclasses.replace(TRAIN, weight_decay=1.0))
+  model = Transformer(MODEL)
+  state = init_state(model, optimizer, jax.random.key(0))
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  # The schedule starts at 0: look at the second update.
+  with jax.numpy_dtype_promotion("standard"):
+    _, opt_state = optimizer.update(zeros, state.opt_state, state.params)
+    updates, _ = optimizer.update(zeros, opt_state, state.params)
+  moved = {
+    path[-1].key
+    for path, update in jax.tree_util.tree_leaves_with_path(updates)
+    if np.any(update)
+  }
+  assert moved == {"embedding", "kernel", "w_gate_up", "w_out"}
+
+  # Only a scale of the frozen weights is trained.
+  def params_of(scale, frozen):
+    return jax.tree.map(lambda w: w * scale, frozen)
+
+  scale = jnp.float32(1)
+  state = state._replace(
+    params=scale,
+    opt_state=optax.sgd(0.1).init(scale),
+    frozen=state.params,
+  )
+  train_step = make_train_step(model, optax.sgd(0.1), TRAIN, params_of)
+  after, _ = jax.jit(train_step)(state, counting_batch(0))
+  assert float(after.params) != 1
+  jax.tree.map(np.testing.assert_array_equal, after.frozen, state.frozen)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"steps": 0}, "steps must be at least 1, got 0"),
+    ({"accumulate": 3}, "accumulate = 3 must divide batch_size = 8"),
+  ],
+)
+def test_train_config_is_checked(fields, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(TRAIN, **fields)
+
+
+def test_batches_are_windows_and_a_function_of_seed_and_step():
+  tokens = np.arange(100, dtype=np.uint8)
+  batch = functools.partial(
+    data.train_batch, tokens, batch_size=64, sequence_length=9
+  )
+  first = batch(seed=3, step=5)
+  np.testing.assert_array_equal(first, batch(seed=3, step=5))
+  assert (first != batch(seed=3, step=6)).any()
+  assert (first != batch(seed=4, step=5)).any()
+  assert first.dtype == np.int32
+  np.testing.assert_array_equal(np.diff(first, axis=1), 1)
+  every = np.concatenate([batch(seed=0, step=s) for s in range(40)])
+  assert every.min() == 0 and every.max() == 99
+
+
+def test_validation_covers_the_held_out_text():
+  tokens = np.arange(100, dtype=np.uint8)
+  batches = list(
+    data.validation_batches(
+      tokens, num_batches=3, batch_size=4, sequence_length=9
+    )
+  )
+  assert [b.shape for b in batches] == [(4, 10)] * 3
+  assert batches[0][0, 0] == 0 and batches[-1][-1, -1] == 99
+  assert len(np.unique(np.concatenate(batches))) == 100
+
+
+def test_corpus_of_a_folder_holds_out_whole_files(tmp_path):
+  for i in range(32):
+    (tmp_path / f"{i:02}.txt").write_text(chr(65 + i) * 3)
+  (tmp_path / "picture.bin").write_bytes(b"\0\1\2")
+  (tmp_path / ".hidden").write_text("no")
+  (tmp_path / "test").mkdir()
+  (tmp_path / "test" / "skipped.txt").write_text("no")
+  corpus = data.load_corpus(tmp_path)
+  assert corpus.validation.tobytes() == b"PPP" + b"```"
+  assert corpus.train.size == 30 * 3
+  assert not set(corpus.train.tolist()) & set(corpus.validation.tolist())
+  assert "32 files" in corpus.description
+
+
+def test_corpus_of_a_file_holds_out_its_end(tmp_path):
+  file = tmp_path / "text"
+  file.write_bytes(bytes(range(160)))
+  corpus = data.load_corpus(file)
+  assert corpus.train.tolist() == list(range(150))
+  assert corpus.validation.tolist() == list(range(150, 160))
+
+
+def test_corpus_of_the_standard_library_is_python():
+  corpus = data.load_corpus()
+  assert corpus.train.size > 5_000_000
+  assert corpus.train.size > 8 * corpus.validation.size > 0
+  assert b"import os\n" in corpus.train.tobytes()
+  again = data.load_corpus()
+  np.testing.assert_array_equal(corpus.train, again.train)
+
+
+def test_unigram_bits_equal_a_loop(tmp_path):
+  file = tmp_path / "text"
+  file.write_bytes(b"abracadabra" * 20)
+  corpus = data.load_corpus(file)
+  train, held_out = corpus.train.tolist(), corpus.validation.tolist()
+  bits = [-np.log2((train.count(b) + 1) / (len(train) + 256)) for b in held_out]
+  np.testing.assert_allclose(data.unigram_bits(corpus), np.mean(bits))
+  assert data.uniform_bits() == 8
+
+
+def test_bytes_round_trip():
+  assert data.decode(data.encode("naïve λ")) == "naïve λ"
+
+
+def write_nothing(path):
+  path.write_bytes(b"")
+  return path
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda p: p / "missing", "missing: no such file or folder"),
+    (lambda p: write_nothing(p / "empty"), "empty: the file is empty"),
+    (lambda p: write_nothing(p / "empty").parent, "its files are empty"),
+    (lambda p: (p / "bare").mkdir() or p / "bare", "holds no text file"),
+  ],
+  ids=["missing", "empty-file", "empty-files", "empty-folder"],
+)
+def test_wrong_data_is_refused(tmp_path, make, message):
+  with pytest.raises(data.DataError, match=message):
+    data.load_corpus(make(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "sequence_length", "message"),
+  [
+    (1, 2000, "the train part has 938 bytes; .* needs 2001"),
+    (1, 63, "the held-out part has 62 bytes; .* needs 64"),
+    (20, 61, "one batch of 20 sequences needs 1240"),
+  ],
+)
+def test_data_that_does_not_fit_is_refused(
+  tmp_path, batch_size, sequence_length, message
+):
+  (tmp_path / "text").write_bytes(b"0123456789" * 100)
+  corpus = data.load_corpus(tmp_path / "text")
+  with pytest.raises(data.DataError, match=message):
+    data.check_lengths(
+      corpus, batch_size=batch_size, sequence_length=sequence_length
+    )
