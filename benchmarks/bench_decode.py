@@ -8,7 +8,7 @@ the bound is their bytes, of the experts that are touched, at the bandwidth that
 a copy reaches on an H200 (4.26 TB/s, read and write).
 
 Two times of the same layer. `call`: jitted calls dispatched back to back, so
-that what shows is the slower of Python and the device. `layer`: one of eight
+that what shows is the slower of Python and the device. `layer`: one of four
 layers in one program, each with its own routing and fed with the last one's
 result, as in a model's decode step; the weights are shared, but by T = 1 they
 already pass the L2 cache's 50 MB. No time is corrected for anything.
@@ -29,7 +29,7 @@ from scattermoe_jax.routing import route
 from tests.accuracy import assert_accurate
 
 COPY_BYTES_PER_SECOND = 4.26e12
-LAYERS = 8
+LAYERS = 4
 
 
 class Shape(NamedTuple):
@@ -80,7 +80,7 @@ def layer(implementation, num_experts):
 
 
 def layers(implementation, num_experts):
-  """Returns eight of them in one program."""
+  """Returns several of them in one program."""
   one = layer(implementation, num_experts)
 
   def forward(x, gates, all_ids, w_in, w_out):
@@ -127,10 +127,10 @@ def measure(name: str, shape: Shape):
       continue
     assert_accurate(got, oracle, baseline, err_msg=f"{name} {implementation}")
     calls[implementation] = lambda call=call: call(*args)
-  times = timing.time_interleaved(calls)
+  times = timing.time_interleaved(calls, sample_ms=10.0)
   program = jax.jit(layers(chosen, experts))
   run_program = lambda: program(x, gates, all_ids, w_in, w_out)
-  in_program = timing.time_interleaved({chosen: run_program}, samples=10)
+  in_program = timing.time_interleaved({chosen: run_program}, samples=5)
 
   expert_bytes = 3 * shape.d * shape.n * 2
   bound = [
@@ -166,10 +166,9 @@ def main():
   parser.add_argument("shapes", nargs="*", default=list(SHAPES))
   parser.add_argument("--write", action="store_true")
   arguments = parser.parse_args()
-  records = []
+  path = timing.results_path("bench_decode")
   for name in arguments.shapes:
     record = measure(name, SHAPES[name])
-    records.append(record)
     print(
       f"{name:11} {record['implementation']:7} "
       f"call {record['ms_median']:.4f} ms {record['of_bytes_bound']:.2f} | "
@@ -179,7 +178,10 @@ def main():
       flush=True,
     )
     if arguments.write:
-      timing.write_records(timing.results_path("bench_decode"), records)
+      records = timing.read_records(path) if path.exists() else []
+      kept = {record["shape"]: record for record in records}
+      kept[name] = record
+      timing.write_records(path, [kept[n] for n in SHAPES if n in kept])
 
 
 if __name__ == "__main__":

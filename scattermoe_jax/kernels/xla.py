@@ -41,12 +41,12 @@ def block_rows(num_rows: int, num_experts: int) -> int:
 def tiles_per_step(block_m: int, d_in: int, d_out: int, itemsize: int) -> int:
   """Returns how many tiles a step of the loop takes: one, or many on a GPU.
 
-  As many as keep what a step copies, w and rows of both widths, below 128 MiB.
+  As many as keep what a step copies, w and rows of both widths, below 256 MiB.
   """
   if current_device().platform != "gpu":
     return 1
   copied = (d_in * d_out + block_m * (d_in + d_out)) * itemsize
-  return min(max(2**27 // copied, 1), 64)
+  return max(2**28 // copied, 1)
 
 
 def scatter2scatter(
@@ -83,7 +83,10 @@ def scatter2scatter(
   block_m = block_m or block_rows(num_rows, routing.num_experts)
   if step_tiles is None:
     step_tiles = tiles_per_step(block_m, d_in, d_out, x.dtype.itemsize)
+    if step_tiles > 1:
+      block_m *= 2  # so that most experts are one tile
   tiles = tile_schedule(routing.group_sizes, num_rows, block_m)
+  step_tiles = min(step_tiles, tiles.expert_ids.shape[0])
   x_rows = input_rows(routing, x.shape[0], grouped=grouped_in)
   y_rows = input_rows(routing, num_rows, grouped=grouped_out)
   contract = (((2,), (2 if transpose_w else 1,)), ((0,), (0,)))
@@ -149,6 +152,7 @@ def group_xty(
     if step_tiles > 1:
       block_m *= 2  # so that most experts are one tile
   tiles = tile_schedule(routing.group_sizes, num_rows, block_m)
+  step_tiles = min(step_tiles, tiles.expert_ids.shape[0])
   sides = (
     (x, input_rows(routing, x.shape[0], grouped=x_grouped)),
     (y, input_rows(routing, y.shape[0], grouped=y_grouped)),

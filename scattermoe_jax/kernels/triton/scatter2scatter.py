@@ -171,8 +171,8 @@ def _rows_of_tile(gmem, tile, block_m):
   rows = jnp.arange(1 << (num_rows - 1).bit_length(), dtype=jnp.int32)
   live = (rows < num_rows) if rows.size != num_rows else None
   experts = load(gmem["expert_ids"], (rows,), live, other=_NO_EXPERT)
-  begin = jnp.sum((experts < expert).astype(jnp.int32))
-  end = jnp.sum((experts <= expert).astype(jnp.int32))
+  begin = jnp.sum(experts < expert, dtype=jnp.int32)
+  end = jnp.sum(experts <= expert, dtype=jnp.int32)
   starts = lax.rem(tile - begin, jnp.int32(block_m)) == 0
   count = jnp.minimum(end - tile, jnp.int32(block_m))
   return expert, tile, jnp.where(starts, count, jnp.zeros_like(count))

@@ -84,8 +84,9 @@ def scatter2scatter_config(
   tiles = max_tiles(num_rows, num_experts, block_m)
   programs = tiles * -(-d_out // block_n)
   split_k = 1
+  # A program a core streams at full speed; parts cost a pass over their sums.
   while (
-    programs * split_k < 2 * num_cores
+    4 * programs * split_k < 3 * num_cores
     and d_in >= 2 * split_k * _LEAST_CONTRACTION
   ):
     split_k *= 2
