@@ -85,7 +85,7 @@ def choose_backend(
   if requested is not None:
     return _named(requested, f"{IMPLEMENTATION_VARIABLE}={requested}", problems)
 
-  reasons = {}
+  reasons: dict[str, str] = {}
   for name in preference(problems[0]):
     reason = reason_against(name, problems)
     if reason is None:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 
@@ -145,11 +146,15 @@ class _Groups(NamedTuple):
 
 
 def _groups(group_sizes: Int[Array, " G"], block_m: int, align: int) -> _Groups:
-  ends = _running_sum(group_sizes)
+  # XLA would compute the sizes, a sum over all rows, anew at each use of them
+  # inside the sums below: each is made once.
+  group_sizes = lax.optimization_barrier(group_sizes)
+  ends = lax.optimization_barrier(_running_sum(group_sizes))
   starts = ends - group_sizes
   aligned = starts - starts % jnp.int32(align)
   tiles = jnp.where(group_sizes > 0, -(-(ends - aligned) // block_m), 0)
-  return _Groups(starts, ends, aligned, tiles, _running_sum(tiles))
+  tile_ends = lax.optimization_barrier(_running_sum(tiles))
+  return _Groups(starts, ends, aligned, tiles, tile_ends)
 
 
 def _running_sum(sizes: Int[Array, " G"]) -> Int[Array, " G"]:

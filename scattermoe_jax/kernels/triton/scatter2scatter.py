@@ -63,9 +63,11 @@ def multiply_tiles(
   num_experts, d_out = w.shape[0], w.shape[1 if transpose_w else 2]
   num_rows, tiles_n = routing.num_rows, -(-d_out // config.block_n)
   tiles = _tiles(routing, config.block_m)
-  shape, dtype = (num_rows, d_out), x.dtype
+  out_shape = jax.ShapeDtypeStruct((num_rows, d_out), x.dtype)
   if config.split_k > 1:
-    shape, dtype = (config.split_k, *shape), jnp.dtype(jnp.float32)
+    out_shape = jax.ShapeDtypeStruct(
+      (config.split_k, num_rows, d_out), jnp.float32
+    )
   body = functools.partial(
     _tile,
     num_experts=num_experts,
@@ -86,7 +88,7 @@ def multiply_tiles(
       "scattered_ids": routing.scattered_ids if uses_ids else None,
       **tiles,
     },
-    jax.ShapeDtypeStruct(shape, dtype),
+    out_shape,
     num_programs=tiles["expert_ids"].shape[0] * tiles_n * config.split_k,
     config=config,
     interpret=interpret,
@@ -136,9 +138,8 @@ def _tile(
       ids = gmem["scattered_ids"]
       rows = load(ids, (rows,), lanes < count, other=num_rows)
     at = (rows[:, None], cols[None, :])
-    if config.split_k > 1:
-      at = (part, *at)
-    store(y_gmem, at, acc, (lanes < count)[:, None], _row(live_cols))
+    parts = (part,) if config.split_k > 1 else ()
+    store(y_gmem, (*parts, *at), acc, (lanes < count)[:, None], _row(live_cols))
 
   @pl.when((count > 0) & (expert < num_experts))
   def _multiply():
