@@ -179,19 +179,28 @@ def assert_all_accurate(names, got, truth, baseline=None, err_msg=""):
     assert_accurate(a, b, c, err_msg=f"{err_msg} {name}")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def xla_products(case, arrays, ids):
-  return backend_products(xla, case, arrays, ids, block_m=case.block_m)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def xla_products(case, arrays, ids, step_tiles=1):
+  options = {"block_m": case.block_m, "step_tiles": step_tiles}
+  return backend_products(xla, case, arrays, ids, **options)
+
+
+def assert_xla_is_exact(case, ids, step_tiles):
+  with enable_x64():
+    arrays = operands(case, jnp.float64)
+    got = xla_products(case, arrays, ids, step_tiles)
+    truth = reference_products(oracle, case, arrays, ids)
+    assert_all_accurate(LAYOUTS + XTY_LAYOUTS, got, truth)
 
 
 @hypothesis.given(strategies.routings())
 def test_xla_equals_the_oracle_in_float64(drawn):
-  case, ids = drawn
-  with enable_x64():
-    arrays = operands(case, jnp.float64)
-    got = xla_products(case, arrays, ids)
-    truth = reference_products(oracle, case, arrays, ids)
-    assert_all_accurate(LAYOUTS + XTY_LAYOUTS, got, truth)
+  assert_xla_is_exact(*drawn, step_tiles=1)
+
+
+@hypothesis.given(strategies.routings(strategies.CASES[-1:]))
+def test_xla_takes_many_tiles_a_step_as_on_a_gpu(drawn):
+  assert_xla_is_exact(*drawn, step_tiles=3)
 
 
 def test_xla_reads_no_row_of_no_group(x64):

@@ -11,9 +11,12 @@ import pytest
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
-NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*"))
+NOTEBOOKS = sorted(
+  (pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb")
+)
 SMALL = {
   "01_quickstart": "NUM_EXPERTS, D_MODEL, NUM_POINTS, STEPS = 4, 8, 64, 3",
+  "02_mixture_of_attention": "D_MODEL, BATCH, LENGTH, STEPS = 16, 2, 16, 2",
 }
 
 
