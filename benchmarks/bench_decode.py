@@ -1,6 +1,6 @@
 """How close is a small batch to reading each touched expert's weights once?
 
-  python -m benchmarks.bench_decode [T1 T8 ...] [--write]
+  python -m benchmarks.bench_decode [T1 T8 ...] [--others] [--write]
 
 The forward of one SwiGLU layer from (x, expert ids, gates) to y in bfloat16,
 routing and schedule included. With few tokens nothing but the weights matters:
@@ -106,7 +106,7 @@ def truth(x, gates, ids, w_in, w_out, tokens):
   return np.asarray(jnp.stack(y))
 
 
-def measure(name: str, shape: Shape):
+def measure(name: str, shape: Shape, others: bool):
   """Returns the record of one shape."""
   x, gates, all_ids, w_in, w_out = inputs(shape)
   ids, experts = all_ids[0], shape.num_experts
@@ -118,7 +118,7 @@ def measure(name: str, shape: Shape):
   args = x, gates, ids, w_in, w_out
   baseline = jax.jit(layer("xla", experts))(*args)[:few]
   calls = {}
-  for implementation in IMPLEMENTATIONS[:-1]:
+  for implementation in IMPLEMENTATIONS[:-1] if others else (chosen,):
     try:
       call = jax.jit(layer(implementation, experts))
       got = call(*args)[:few]
@@ -161,14 +161,15 @@ def measure(name: str, shape: Shape):
 
 
 def main():
-  """Prints a line for each shape asked for; --write keeps the records."""
+  """Prints a line for each shape asked for."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("shapes", nargs="*", default=list(SHAPES))
-  parser.add_argument("--write", action="store_true")
+  parser.add_argument("--others", action="store_true", help="compare backends")
+  parser.add_argument("--write", action="store_true", help="keep the records")
   arguments = parser.parse_args()
   path = timing.results_path("bench_decode")
   for name in arguments.shapes:
-    record = measure(name, SHAPES[name])
+    record = measure(name, SHAPES[name], arguments.others)
     print(
       f"{name:11} {record['implementation']:7} "
       f"call {record['ms_median']:.4f} ms {record['of_bytes_bound']:.2f} | "
