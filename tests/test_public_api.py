@@ -37,7 +37,6 @@ PUBLIC_NN = {
   "SMoEMetrics",
   "attend",
   "consecutive_positions",
-  "default_kernel_init",
   "load_balancing_loss",
   "rotary_embedding",
   "route_with_metrics",
