@@ -53,17 +53,15 @@ class SingleRows(NamedTuple):
   def arrive(self, barrier, in_flight):
     pass
 
-  def locate_out(self, ids, row, block_rows):
-    if ids is None:
-      return row + jnp.arange(block_rows, dtype=jnp.int32)
-    return self.locate(ids, row, block_rows, block_rows)
-
-  def store(self, values, y, places, column, begin, end):
+  def store(self, y_smem, y, places, column, begin, end):
     def store_row(row, _):
-      chunk = lax.dynamic_slice_in_dim(values, row, 1)
-      y[pl.ds(places[row], 1), pl.ds(column, 64)] = chunk
+      plgpu.copy_smem_to_gmem(
+        y_smem.at[pl.ds(row, 1)],
+        y.at[pl.ds(places[row], 1), pl.ds(column, 64)],
+      )
 
     lax.fori_loop(begin, end, store_row, None)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def mosaic_interpreted(config: TileConfig = SMALL, **params) -> SimpleNamespace:

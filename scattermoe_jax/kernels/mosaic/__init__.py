@@ -52,7 +52,7 @@ def missing_feature() -> str | None:
   """Returns what this JAX lacks, or None."""
   try:
     from jax.experimental.pallas import mosaic_gpu as plgpu
-  except Exception as error:  # noqa: BLE001 - whatever a JAX raises here
+  except Exception as error:
     return f"this JAX does not import Pallas Mosaic GPU ({error})"
   for name in ("kernel", "inline_mgpu", "force_gpu_interpret_mode"):
     if not hasattr(plgpu, name):
@@ -190,15 +190,7 @@ def down_projection_grad(
     )
   from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
 
-  plan = _plan(
-    "down_projection_grad",
-    dy,
-    w,
-    routing,
-    config,
-    transpose_w=True,
-    aligned=True,
-  )
+  plan = _plan("down_projection_grad", dy, w, routing, config, transpose_w=True)
 
   @jax.custom_batching.sequential_vmap
   def run(dy, w, h, gates, routing):
@@ -208,7 +200,10 @@ def down_projection_grad(
     )
     # One partial sum for each tile of columns, added in one order.
     window, place = window_of_rows(
-      routing.expert_ids, routing.group_sizes, plan.config.block_m, plan.align
+      routing.expert_ids,
+      routing.group_sizes,
+      plan.config.block_m,
+      grouped_matmul.ALIGN,
     )
     return dh, weighted_a, jnp.sum(sums, axis=1)[window, place]
 

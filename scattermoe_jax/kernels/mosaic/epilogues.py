@@ -1,7 +1,7 @@
 """What becomes of a tile of products: stored, activated or differentiated.
 
-An epilogue gets the float32 sums of one consumer's part of a tile and stores
-what it makes of them, 64 columns at a time.
+An epilogue gets the float32 sums of one consumer's part of a tile and writes to
+global memory, 64 columns at a time through a small ring of shared memory.
 
   StoreRows        y = acc + bias
   Activate         h = acc + bias, a = f(h)
@@ -9,6 +9,7 @@ what it makes of them, 64 columns at a time.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -19,6 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from scattermoe_jax.kernels.mosaic import layouts as lt
+
+_SLOTS = 2  # chunks of 64 columns of a consumer on their way out
 
 
 class Epilogue:
@@ -46,18 +49,13 @@ class Epilogue:
     """Fills one (x, w) stage; returns how many copies arrive at `barrier`."""
     raise NotImplementedError
 
-  def store(self, plan, accs, tile, extra, outs, rows, loaded) -> None:
-    """Stores one consumer's part of a tile.
+  def scratch_types(self, plan) -> list:
+    """Returns the shared memory it wants: the ring through which it stores."""
+    stages = (2, _SLOTS, plan.part_m, lt.COLUMNS)
+    return [plgpu.SMEM(stages, plan.dtype, transforms=lt.BY_ROW)]
 
-    Args:
-      plan: the launch.
-      accs: the sums, one array for each half of w.
-      tile: where they belong.
-      extra: the operands, in global memory.
-      outs: the results, in global memory.
-      rows: how rows are stored.
-      loaded: lends, for chunk j, this part's rows of what `load` filled.
-    """
+  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
+    """Stores one consumer's part of a tile."""
     raise NotImplementedError
 
 
@@ -82,18 +80,24 @@ class StoreRows(Epilogue):
   def out_types(self, plan):
     return [jax.ShapeDtypeStruct((plan.num_rows, plan.d_out), plan.dtype)]
 
-  def store(self, plan, accs, tile, extra, outs, rows, loaded):
+  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
     extra = list(extra)
     bias = extra.pop(0) if self.bias is not None else None
     ids = extra.pop(0) if self.scattered_ids is not None else None
-    [acc], [y] = accs, outs
-    store = _RowStore(plan, tile, rows, y, ids)
+    [acc], [y], ring = accs, outs, _Ring(plan, tile, *scratch)
+    if ids is not None:
+      out_rows = rows._replace(width=plan.d_out)
+      places = out_rows.locate(ids, tile.row, tile.end, plan.part_m)
     for columns, column in _chunks(plan, tile):
 
       @_when_inside(plan, column)
       def _(columns=columns, column=column):
         chunk = acc[:, columns] + _bias_rows(bias, plan, tile, column)
-        store(chunk, column)
+        if ids is None:
+          ring.send(chunk, y, column)
+        else:
+          stage = ring.put(chunk)
+          out_rows.store(stage, y, places, column, tile.begin, tile.end)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,12 +127,10 @@ class Activate(Epilogue):
     a = jax.ShapeDtypeStruct((rows, width // plan.halves), plan.dtype)
     return [h, a] if self.keep_h else [a]
 
-  def store(self, plan, accs, tile, extra, outs, rows, loaded):
+  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
     bias = extra[0] if extra else None
     *h_out, a_out = outs
-    store_a = _RowStore(plan, tile, rows, a_out)
-    if self.keep_h:
-      store_h = _RowStore(plan, tile, rows, *h_out)
+    ring = _Ring(plan, tile, *scratch)
     half = plan.d_out // plan.halves
     for columns, column in _chunks(plan, tile):
 
@@ -141,8 +143,8 @@ class Activate(Epilogue):
             + _bias_rows(bias, plan, tile, column + i * half)
           )
           if self.keep_h:
-            store_h(h[i], column + i * half)
-        store_a(_activate(self.activation, h), column)
+            ring.send(h[i], h_out[0], column + i * half)
+        ring.send(_activate(self.activation, h), a_out, column)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,10 +196,9 @@ class Differentiate(Epilogue):
       )
     return copies
 
-  def store(self, plan, accs, tile, extra, outs, rows, loaded):
+  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
     [acc], (dh_out, a_out, sums_out) = accs, outs
-    store_dh = _RowStore(plan, tile, rows, dh_out)
-    store_a = _RowStore(plan, tile, rows, a_out)
+    ring = _Ring(plan, tile, *scratch)
     shape = (plan.part_m, lt.COLUMNS)
     gates = plgpu.load(
       extra[1].at[pl.ds(tile.row, plan.part_m)], optimized=False
@@ -215,8 +216,8 @@ class Differentiate(Epilogue):
       @_when_inside(plan, column)
       def _(column=column, a=a, dh=dh):
         for i in range(copies):
-          store_dh(dh[i], column + i * plan.d_out)
-        store_a(gate * a, column)
+          ring.send(dh[i], dh_out, column + i * plan.d_out)
+        ring.send(gate * a, a_out, column)
 
     place = pl.ds(tile.part, plan.part_m)
     sums_out[tile.index_m, tile.index_n, place] = sums
@@ -265,20 +266,55 @@ def _bias_rows(bias, plan, tile, column):
   return lax.broadcast_in_dim(values, (plan.part_m, lt.COLUMNS), (1,))
 
 
-class _RowStore:
-  """Stores chunks of a part's rows to one result."""
+class _Ring:
+  """The stages through which one consumer's chunks leave."""
 
-  def __init__(self, plan, tile, rows, y, ids=None):
-    self.plan, self.tile, self.y = plan, tile, y
-    self.rows = rows._replace(width=y.shape[1])
-    self.places = self.rows.locate_out(ids, tile.row, plan.part_m)
+  def __init__(self, plan, tile, ring):
+    self.plan, self.tile, self.ring = plan, tile, ring
+    self.turns = itertools.cycle(range(_SLOTS))
+    # The last tile's chunks left while this one was multiplied; since their
+    # number may be odd, the ring starts over with all slots free.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  def __call__(self, chunk, column) -> None:
-    self.rows.store(
-      chunk.astype(self.plan.dtype),
-      self.y,
-      self.places,
-      column,
-      self.tile.begin,
-      self.tile.end,
-    )
+  def put(self, chunk):
+    """Writes a chunk to the next stage, once its last copy has left."""
+    plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+    stage = self.ring.at[self.tile.consumer, next(self.turns)]
+    stage[...] = chunk.astype(self.plan.dtype)
+    plgpu.commit_smem()
+    return stage
+
+  def send(self, chunk, y, column) -> None:
+    """Stores rows [begin, end) of a chunk to grouped rows of y.
+
+    A copy has a static height. A full part takes one; another is a sum of
+    powers of two, and takes a copy for each of them.
+    """
+    stage, tile, height = self.put(chunk), self.tile, self.plan.part_m
+    columns = pl.ds(column, lt.COLUMNS)
+    num_rows = tile.end - tile.begin
+
+    def copy(first, length):
+      plgpu.copy_smem_to_gmem(
+        stage.at[pl.ds(first, length)],
+        y.at[pl.ds(tile.row + first, length), columns],
+        commit_group=False,
+      )
+
+    @pl.when(num_rows == height)
+    def _():
+      copy(0, height)
+
+    @pl.when(num_rows < height)
+    def _():
+      first, length = tile.begin, height // 2
+      while length > 0:
+
+        @pl.when((num_rows & length) != 0)
+        def _(first=first, length=length):
+          copy(first, length)
+
+        first = first + (num_rows & length)
+        length //= 2
+
+    plgpu.commit_smem_to_gmem_group()

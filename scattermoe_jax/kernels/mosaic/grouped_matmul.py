@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -40,11 +39,14 @@ from scattermoe_jax.routing import Routing, input_rows
 
 _CONSUMERS = 2
 _PRODUCER = 2  # index of the warpgroup that loads
+# Tiles start at multiples of 8 rows, as TMA asks of rows that it copies for the
+# tensor core or the epilogue. All products do, so that they share one schedule.
+ALIGN = 8
 # One k-step of cp.async is in flight while the next is issued.
 _IN_FLIGHT = 1
 # Registers of a thread: 64 Ki for 384 threads, mostly for the accumulators.
-_PRODUCER_REGISTERS = 56
-_CONSUMER_REGISTERS = 224
+_PRODUCER_REGISTERS = 72
+_CONSUMER_REGISTERS = 216
 
 
 class Tile(NamedTuple):
@@ -83,8 +85,6 @@ class Plan:
     dtype: of the operands and the stored results.
     config: the blocks.
     grouped_in: whether rows of x are grouped (TMA) or gathered (cp.async).
-    aligned: whether tiles start at multiples of 8 rows, as TMA asks of rows
-      that it copies for the tensor core or for the epilogue.
     transpose_w: whether w is (E, d_out, d_in).
     halves: 2 if a tile takes half of its columns from each half of w, so that
       gate and up of the same column meet in one thread; else 1.
@@ -99,7 +99,6 @@ class Plan:
   grouped_in: bool = False
   transpose_w: bool = False
   halves: int = 1
-  aligned: bool = False
 
   @property
   def part_m(self) -> int:
@@ -107,15 +106,10 @@ class Plan:
     return self.config.block_m // _CONSUMERS
 
   @property
-  def align(self) -> int:
-    """What the first row of a tile is a multiple of."""
-    return 8 if self.grouped_in or self.aligned else 1
-
-  @property
   def num_windows(self) -> int:
     """The most tiles of rows."""
     return max_windows(
-      self.num_rows, self.num_experts, self.config.block_m, self.align
+      self.num_rows, self.num_experts, self.config.block_m, ALIGN
     )
 
   @property
@@ -155,7 +149,7 @@ def multiply(
     tiles, refs = refs[:5], refs[5:]
     extra, refs = refs[: len(operands)], refs[len(operands) :]
     outs, refs = refs[: len(out_types)], refs[len(out_types) :]
-    x_smem, w_smem, full, empty = refs
+    x_smem, w_smem, full, empty, *scratch = refs
     warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_index("block")
     num_tiles_m = tiles[4][0]
@@ -201,7 +195,7 @@ def multiply(
         next_places, later = locate(soon), entry(t + 2)
         expert, first, _, _ = now
         index_n = index_of(t)[1]
-        first = pl.multiple_of(first, plan.align)
+        first = pl.multiple_of(first, ALIGN)
 
         def load_step(k, carry):
           step, previous = carry
@@ -346,10 +340,13 @@ def multiply(
           plgpu.commit_smem()
           plgpu.barrier_arrive(empty.at[slot])
 
-        epilogue.store(plan, accs, tile, extra, outs, rows, loaded)
+        epilogue.store(
+          plan, accs, tile, extra, outs, scratch, rows=rows, loaded=loaded
+        )
         return step + epilogue.num_loads(plan), soon
 
       lax.fori_loop(0, mine, multiply_tile, (jnp.int32(0), entry(0)))
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   operands = epilogue.operands(plan)
   out_types = [
@@ -377,6 +374,7 @@ def multiply(
       ),
       plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
       plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
+      *epilogue.scratch_types(plan),
     ],
     grid=(config.num_sms,),
     grid_names=("block",),
@@ -396,7 +394,7 @@ def multiply(
 def schedule(routing: Routing, plan: Plan) -> WindowSchedule:
   """Returns the row tiles of a launch."""
   return window_schedule(
-    routing.group_sizes, plan.num_rows, plan.config.block_m, plan.align
+    routing.group_sizes, plan.num_rows, plan.config.block_m, ALIGN
   )
 
 
