@@ -38,7 +38,9 @@ class RunConfig:
     temperature: how bold they are.
   """
 
-  model: ModelConfig = ModelConfig()
+  # A token sees no further back than in training, so that a sample may outgrow
+  # the training sequences.
+  model: ModelConfig = ModelConfig(sliding_window=128)
   training: TrainConfig = TrainConfig()
   data: str | None = None
   twin: bool = True

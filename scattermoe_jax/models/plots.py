@@ -30,25 +30,25 @@ def plot_losses(
     baselines: bits per byte by name.
     title: says what is to be seen.
   """
-  figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+  figure, (whole, end) = plt.subplots(
+    1, 2, figsize=(10, 4.4), width_ratios=(3, 2), layout="constrained"
+  )
   last_step = max(max(c["steps"], default=1) for c in curves.values())
-  ends = []
   for colour, (name, curve) in zip(_COLOURS, curves.items(), strict=False):
-    axes.plot(curve["steps"], curve["bits"], color=colour, lw=0.6, alpha=0.35)
-    axes.plot(
-      curve["validation_steps"],
-      curve["validation_bits"],
-      color=colour,
-      lw=2,
-      marker="o",
-      markersize=3.5,
-    )
-    if curve["validation_bits"]:
-      bits = curve["validation_bits"][-1]
-      ends.append((bits, f"{name}: {bits:.3f}", colour))
+    whole.plot(curve["steps"], curve["bits"], color=colour, lw=0.6, alpha=0.35)
+    for axes in (whole, end):
+      axes.plot(
+        curve["validation_steps"],
+        curve["validation_bits"],
+        color=colour,
+        lw=2,
+        marker="o",
+        markersize=3.5,
+        label=f"{name}: {curve['validation_bits'][-1]:.3f}",
+      )
   for name, bits in baselines.items():
-    axes.axhline(bits, color=_INK, lw=0.9, ls=(0, (4, 3)))
-    axes.annotate(
+    whole.axhline(bits, color=_INK, lw=0.9, ls=(0, (4, 3)))
+    whole.annotate(
       f"{name}: {bits:.2f}",
       (last_step, bits),
       xytext=(0, 3),
@@ -57,22 +57,31 @@ def plot_losses(
       color=_INK,
       fontsize=9,
     )
-  axes.set_ylim(0, max(*baselines.values(), 1) * 1.08)
-  axes.set_xlim(0, last_step)
-  _label_ends(axes, ends, last_step)
-  axes.set_xlabel("training step")
-  axes.set_ylabel("bits per byte (lower is better)")
-  axes.set_title(title, loc="left", fontsize=11)
-  axes.text(
-    0.0,
-    -0.17,
-    "thick: held-out text · thin: training batches · dashed: models that see"
-    " no context",
-    transform=axes.transAxes,
-    fontsize=8,
-    color="#777777",
+  whole.set_ylim(0, max(*baselines.values(), 1) * 1.08)
+  whole.set_xlim(0, last_step)
+  whole.set_ylabel("bits per byte (lower is better)")
+  whole.set_xlabel(
+    "training step\nthick: held-out text · thin: training batches · "
+    "dashed: models that see no context"
   )
-  _finish(figure, axes, path)
+  # The second half, where the models differ.
+  late = [
+    bits
+    for curve in curves.values()
+    for step, bits in zip(
+      curve["validation_steps"], curve["validation_bits"], strict=True
+    )
+    if step >= last_step / 2
+  ]
+  margin = 0.1 * (max(late) - min(late)) + 0.01
+  end.set_xlim(last_step / 2, last_step * 1.02)
+  end.set_ylim(min(late) - margin, max(late) + margin)
+  end.set_xlabel("training step")
+  end.set_title("the second half, held-out text", fontsize=10)
+  end.legend(frameon=False)
+  end.spines[["top", "right"]].set_visible(False)
+  figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+  _finish(figure, whole, path)
 
 
 def plot_expert_load(
@@ -102,7 +111,7 @@ def plot_expert_load(
       left.text(
         expert,
         layer,
-        f"{value:.2f}",
+        f"{value:.1f}",
         ha="center",
         va="center",
         fontsize=8,
@@ -131,25 +140,6 @@ def plot_expert_load(
     right.legend(frameon=False, fontsize=8, ncols=2)
   figure.suptitle(title, x=0.01, ha="left", fontsize=11)
   _finish(figure, right, path)
-
-
-def _label_ends(axes, ends, last_step):
-  """Writes each curve's name at its end, apart where curves meet."""
-  lowest = None
-  for bits, text, colour in sorted(ends, reverse=True):
-    y = bits if lowest is None else min(bits, lowest - 0.45)
-    lowest = y
-    axes.annotate(
-      text,
-      (last_step, bits),
-      xytext=(last_step * 1.015, y),
-      textcoords="data",
-      va="center",
-      color=colour,
-      fontsize=9,
-      fontweight="bold",
-      annotation_clip=False,
-    )
 
 
 def _finish(figure, axes, path):

@@ -1,0 +1,116 @@
+"""Does a mixture of attention learn better than dense attention?
+
+Language models that differ in their attention alone, with equally many active
+parameters in it, on the demo's data. The runs first, each a few minutes:
+
+  python -m scattermoe_jax.models.train --out runs/mha --no-twin
+  python -m scattermoe_jax.models.train --out runs/moa --no-twin --attention moa
+  python -m scattermoe_jax.models.train --out runs/gqa --no-twin \
+    --set num_heads=6 --set num_kv_heads=2
+  python benchmarks/train_attention.py runs/mha runs/moa runs/gqa
+
+Writes benchmarks/results/cpu/train_attention.json and
+docs/images/train_attention.png, the picture from the record.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks/results/cpu/train_attention.json"
+PICTURE = ROOT / "docs/images/train_attention.png"
+FLAGS = {
+  "mha": "",
+  "moa": "--attention moa",
+  "gqa": "--set num_heads=6 --set num_kv_heads=2",
+}
+LABELS = {
+  "mha": "dense, 4 heads (mha)",
+  "moa": "mixture, 3 of 12 experts of 2 heads (moa)",
+  "gqa": "dense, 6 heads sharing 2 of keys (gqa)",
+}
+
+
+def read_run(folder: pathlib.Path) -> dict:
+  """Returns the record of one run."""
+  config = json.loads((folder / "config.json").read_text())
+  summary = json.loads((folder / "summary.json").read_text())
+  model = next(m for m in summary["models"] if m["model"] == "moe")
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  looks = [
+    m
+    for m in map(json.loads, lines)
+    if m["model"] == "moe" and "validation_bits" in m
+  ]
+  name = folder.name
+  return {
+    "attention": name,
+    "command": f"python -m scattermoe_jax.models.train {FLAGS[name]}".strip(),
+    "active_params": model["active_params"],
+    "params": model["params"],
+    "validation_bits": model["validation_bits"],
+    "validation_steps": [m["step"] for m in looks],
+    "validation_curve": [m["validation_bits"] for m in looks],
+    "seed": config["settings"]["training"]["seed"],
+  }
+
+
+def draw(record: dict) -> None:
+  """Writes the picture of a record."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+  for run, colour in zip(
+    record["runs"], ("#30638e", "#d1495b", "#00798c"), strict=False
+  ):
+    axes.plot(
+      run["validation_steps"],
+      run["validation_curve"],
+      color=colour,
+      lw=2,
+      marker="o",
+      markersize=3.5,
+      label=f"{LABELS[run['attention']]}: {run['validation_bits']:.3f}",
+    )
+  axes.set_ylim(top=3)
+  axes.set_xlabel("training step")
+  axes.set_ylabel("bits per byte of held-out text")
+  axes.set_title(
+    "Attention of equally many active parameters, in one language model",
+    loc="left",
+    fontsize=11,
+  )
+  axes.legend(frameon=False)
+  axes.spines[["top", "right"]].set_visible(False)
+  figure.savefig(PICTURE, dpi=150)
+
+
+def main(folders: list[str]) -> None:
+  """Writes the record and its picture."""
+  record = {
+    "question": __doc__.splitlines()[0],
+    "device": platform.machine() + " CPU, 2 cores",
+    "versions": {
+      name: importlib.metadata.version(name) for name in ("jax", "flax")
+    },
+    "runs": [read_run(pathlib.Path(folder)) for folder in folders],
+  }
+  RECORD.parent.mkdir(parents=True, exist_ok=True)
+  PICTURE.parent.mkdir(parents=True, exist_ok=True)
+  RECORD.write_text(json.dumps(record, indent=2) + "\n")
+  draw(record)
+  for run in record["runs"]:
+    print(
+      f"{run['attention']:4} {run['active_params']:,} active parameters, "
+      f"{run['params']:,} in all: {run['validation_bits']:.3f} bits per byte"
+    )
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
