@@ -116,11 +116,16 @@ def _route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
   on_gpu = current_device().platform == "gpu"
   sort = _counting_sort if on_gpu and small else _comparison_sort
   grouped_ids, scattered_ids, sizes = sort(flat_ids, num_experts)
-  return Routing(
+  routing = Routing(
     expert_ids=flat_ids[scattered_ids],
     scattered_ids=scattered_ids,
     grouped_ids=grouped_ids.reshape(expert_ids.shape),
     group_sizes=sizes,
+  )
+  # Else XLA counts again in every kernel that reads a count: a decode step of
+  # one token takes 77 us instead of 66 on an H200.
+  return (
+    lax.optimization_barrier(routing) if sort is _counting_sort else routing
   )
 
 
