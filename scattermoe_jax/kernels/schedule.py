@@ -146,15 +146,11 @@ class _Groups(NamedTuple):
 
 
 def _groups(group_sizes: Int[Array, " G"], block_m: int, align: int) -> _Groups:
-  # XLA would compute the sizes, a sum over all rows, anew at each use of them
-  # inside the sums below: each is made once.
-  group_sizes = lax.optimization_barrier(group_sizes)
-  ends = lax.optimization_barrier(_running_sum(group_sizes))
+  ends = _running_sum(group_sizes)
   starts = ends - group_sizes
   aligned = starts - starts % jnp.int32(align)
   tiles = jnp.where(group_sizes > 0, -(-(ends - aligned) // block_m), 0)
-  tile_ends = lax.optimization_barrier(_running_sum(tiles))
-  return _Groups(starts, ends, aligned, tiles, tile_ends)
+  return _Groups(starts, ends, aligned, tiles, _running_sum(tiles))
 
 
 def _running_sum(sizes: Int[Array, " G"]) -> Int[Array, " G"]:
@@ -167,7 +163,8 @@ def _running_sum(sizes: Int[Array, " G"]) -> Int[Array, " G"]:
 def _with_ungrouped(
   group_sizes: Int[Array, " E"], num_rows: int
 ) -> Int[Array, " E+1"]:
-  group_sizes = group_sizes.astype(jnp.int32)
+  # Otherwise XLA counts each group's rows once more for the sum below.
+  group_sizes = lax.optimization_barrier(group_sizes.astype(jnp.int32))
   ungrouped = jnp.int32(num_rows) - jnp.sum(group_sizes, dtype=jnp.int32)
   return jnp.concatenate([group_sizes, ungrouped[None]])
 
