@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from scattermoe_jax import routing
+from scattermoe_jax._compat import Device
 from tests import oracle, strategies
 
 route = jax.jit(routing.route, static_argnums=1)
@@ -71,6 +72,16 @@ def test_both_sorts_agree(num_rows):
   compared = routing._comparison_sort(flat_ids, 11)
   for got, expected in zip(counted, compared, strict=True):
     np.testing.assert_array_equal(got, expected)
+
+
+def test_route_as_on_a_gpu_is_the_same(monkeypatch):
+  ids = jnp.asarray(np.random.default_rng(0).integers(-1, 5, (3, 6, 2)))
+  batched = jax.vmap(functools.partial(routing.route, num_experts=4))
+  expected = batched(ids)
+  gpu = Device("gpu", "NVIDIA H200", (9, 0), 132)
+  monkeypatch.setattr(routing, "current_device", lambda: gpu)
+  for a, b in zip(expected, batched(ids), strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int64"])

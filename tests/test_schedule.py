@@ -11,6 +11,7 @@ import numpy as np
 from scattermoe_jax.kernels.schedule import (
   max_tiles,
   tile_schedule,
+  window_of_rows,
   window_schedule,
 )
 
@@ -20,9 +21,12 @@ def schedule(group_sizes, num_rows, block_m):
   return tile_schedule(group_sizes, num_rows, block_m)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def windows_of(group_sizes, num_rows, block_m, align):
-  return window_schedule(group_sizes, num_rows, block_m, align)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def windows_of(group_sizes, expert_of_row, block_m, align):
+  """The windows, and (window, place) of each row."""
+  num_rows = expert_of_row.shape[0]
+  windows = window_schedule(group_sizes, num_rows, block_m, align)
+  return windows, window_of_rows(expert_of_row, group_sizes, block_m, align)
 
 
 GROUP_SIZES = st.lists(st.integers(0, 20), min_size=6, max_size=6)
@@ -58,12 +62,12 @@ def test_the_most_tiles_are_reached_by_short_groups():
 @hypothesis.given(st.sampled_from([(8, 1), (8, 8), (16, 8)]), GROUP_SIZES)
 def test_windows_cover_every_row_once_and_start_aligned(blocks, group_sizes):
   num_rows, (block_m, align) = 120, blocks
-  windows = windows_of(
-    jnp.array(group_sizes, jnp.int32), num_rows, block_m, align
-  )
   # Rows of no group are the group after the last.
-  group_sizes = [*group_sizes, num_rows - sum(group_sizes)]
-  expert_of_row = np.repeat(np.arange(7), group_sizes)
+  sizes = [*group_sizes, num_rows - sum(group_sizes)]
+  expert_of_row = np.repeat(np.arange(7, dtype=np.int32), sizes)
+  windows, (window, place) = windows_of(
+    jnp.array(group_sizes, jnp.int32), expert_of_row, block_m, align
+  )
   covered = []
   num_tiles = int(windows.num_tiles)
   assert num_tiles <= windows.first_rows.shape[0]
@@ -75,6 +79,8 @@ def test_windows_cover_every_row_once_and_start_aligned(blocks, group_sizes):
     rows = range(first + begin, first + end)
     assert set(expert_of_row[rows]) == {int(windows.expert_ids[i])}
     covered.extend(rows)
+    np.testing.assert_array_equal(np.asarray(window)[rows], i)
+    np.testing.assert_array_equal(np.asarray(place)[rows] + first, rows)
   assert covered == list(range(num_rows))
   for unused in (windows.first_rows, windows.begins, windows.ends):
     assert not np.any(unused[num_tiles:])
