@@ -1,0 +1,278 @@
+"""Mixture of attention, its cache, masks and memory, against plain loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.test_util import check_grads
+
+import scattermoe_jax as sm
+from scattermoe_jax import nn as smnn
+from scattermoe_jax.ops import linear_combine
+from tests import oracle
+from tests.accuracy import assert_accurate
+
+B, L, D, E, K, H, C = 2, 7, 12, 6, 2, 3, 8
+T = B * L
+
+
+def module(**fields):
+  return smnn.MixtureOfAttention(
+    num_experts=E, top_k=K, num_heads=H, head_dim=C, **fields
+  )
+
+
+def tokens(length=L, dtype=jnp.float32):
+  return jax.random.normal(jax.random.key(0), (B, length, D), dtype)
+
+
+def randomized(layer, x):
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+  return jax.tree.map(
+    lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.4, a.dtype), shapes
+  )
+
+
+def slow_rotary(vector, position, theta=10000.0):
+  half = len(vector) // 2
+  out = np.empty_like(vector)
+  for i in range(half):
+    angle = position * theta ** (-i / half)
+    a, b = vector[i], vector[i + half]
+    out[i] = a * np.cos(angle) - b * np.sin(angle)
+    out[i + half] = b * np.cos(angle) + a * np.sin(angle)
+  return out
+
+
+def slow_moa(params, x, segment_ids, positions, window=None):
+  """Loops over token, choice, head and earlier token, in float64."""
+  params = jax.tree.map(oracle.f64, params)
+  x = oracle.f64(x)
+  y = np.zeros_like(x)
+  key, value = np.split(x @ params["key_value"]["kernel"], 2, axis=-1)
+  logits = x @ params["router"]["kernel"]
+  heads = lambda row: row.reshape(H, C)
+  for b in range(B):
+    for t in range(x.shape[1]):
+      if segment_ids[b, t] == 0:
+        continue
+      ids = sorted(range(E), key=lambda e: -logits[b, t, e])[:K]
+      gates = np.exp(logits[b, t, ids] - logits[b, t, ids].max())
+      gates /= gates.sum()
+      seen = [
+        s
+        for s in range(t + 1)
+        if segment_ids[b, s] == segment_ids[b, t]
+        and (window is None or t - s < window)
+      ]
+      for gate, e in zip(gates, ids, strict=True):
+        query = heads(x[b, t] @ params["query"]["kernel"][e])
+        out = np.zeros((H, C))
+        for i in range(H):
+          q = slow_rotary(query[i], positions[b, t])
+          scores = np.array(
+            [
+              q @ slow_rotary(heads(key[b, s])[i], positions[b, s])
+              for s in seen
+            ]
+          )
+          probs = np.exp((scores - scores.max()) * C**-0.5)
+          probs /= probs.sum()
+          out[i] = sum(
+            p * heads(value[b, s])[i] for p, s in zip(probs, seen, strict=True)
+          )
+        y[b, t] += gate * (out.reshape(-1) @ params["output"]["kernel"][e])
+  return y
+
+
+PADDED = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+PACKED = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 2, 2, 3, 3, 0]])
+RESTARTED = np.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 0, 1, 0]])
+ONES, IN_ORDER = np.ones((B, L), int), np.tile(np.arange(L), (B, 1))
+
+
+@pytest.mark.parametrize(
+  ("segment_ids", "positions", "window"),
+  [
+    (ONES, IN_ORDER, None),
+    (ONES, IN_ORDER, 3),
+    (PADDED, IN_ORDER, None),
+    (PACKED, RESTARTED, 2),
+  ],
+  ids=["causal", "window", "padded", "packed"],
+)
+def test_moa_equals_its_definition(segment_ids, positions, window):
+  layer, x = module(sliding_window=window), tokens()
+  variables = randomized(layer, x)
+  given = {}
+  if segment_ids is not ONES:
+    given["segment_ids"] = jnp.asarray(segment_ids)
+  if positions is not IN_ORDER:
+    given["positions"] = jnp.asarray(positions)
+  y, metrics, cache = jax.jit(lambda v, x: layer.apply(v, x, **given))(
+    variables, x
+  )
+  expected = slow_moa(variables["params"], x, segment_ids, positions, window)
+  error = np.abs(y - expected).max() / np.abs(expected).max()
+  assert error < 2e-6
+  assert metrics.tokens_per_expert.sum() == K * (segment_ids != 0).sum()
+  assert cache is None
+
+
+def test_mask_is_padding():
+  layer, x = module(use_output_bias=True), tokens()
+  variables = randomized(layer, x)
+  apply = jax.jit(lambda **given: layer.apply(variables, x, **given)[0])
+  masked = apply(mask=jnp.asarray(PADDED != 0))
+  segments = apply(segment_ids=jnp.asarray(PADDED))
+  np.testing.assert_array_equal(masked, segments)
+  assert not np.any(np.asarray(masked)[PADDED == 0])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_prefill_and_decode_equal_the_full_pass(window):
+  layer, x = module(sliding_window=window), tokens()
+  variables = randomized(layer, x)
+  # Left padding in one sequence: slots and positions differ.
+  segment_ids = jnp.asarray(PADDED).at[1].set(1)
+  positions = jnp.asarray(np.maximum(np.cumsum(segment_ids, axis=1) - 1, 0))
+  apply = jax.jit(
+    lambda x, s, p, cache: layer.apply(
+      variables, x, segment_ids=s, positions=p, cache=cache
+    )
+  )
+  full = apply(x, segment_ids, positions, None)[0]
+  cache = smnn.KVCache.empty(B, L + 2, H, C)
+  parts, start = [], 0
+  for length in (4, 1, 1, 1):
+    part = slice(start, start + length)
+    y, _, cache = apply(
+      x[:, part], segment_ids[:, part], positions[:, part], cache
+    )
+    parts.append(y)
+    start += length
+  got = jnp.concatenate(parts, axis=1)
+  real = np.asarray(segment_ids != 0)
+  error = np.abs(np.asarray(got - full)[real]).max() / np.abs(full).max()
+  assert error < 1e-6
+  assert cache.length == L
+
+
+def test_cache_holds_the_heads_of_one_expert():
+  cache = jax.eval_shape(
+    lambda: smnn.KVCache.empty(1, 1, 4, 128, dtype=jnp.bfloat16)
+  )
+  size = lambda a: a.size * a.dtype.itemsize
+  assert size(cache.key) + size(cache.value) == 2048
+
+
+def test_sinks_take_part_and_have_no_value():
+  rng = np.random.default_rng(0)
+  q = jnp.asarray(rng.normal(size=(B, L, 4, C)), jnp.float32)
+  k, v = (
+    jnp.asarray(rng.normal(size=(B, L, 2, C)), jnp.float32) for _ in range(2)
+  )
+  sinks = jnp.asarray(rng.normal(size=(4,)), jnp.float32)
+  got, _ = smnn.attend(q, k, v, sinks=sinks, sliding_window=3)
+  for h in range(4):
+    for t in range(L):
+      seen = slice(max(0, t - 2), t + 1)
+      keys, values = (
+        oracle.f64(k)[:, seen, h // 2],
+        oracle.f64(v)[:, seen, h // 2],
+      )
+      scores = np.einsum("bc,bsc->bs", oracle.f64(q)[:, t, h], keys) * C**-0.5
+      weights = np.exp(scores)
+      weights /= weights.sum(1, keepdims=True) + np.exp(float(sinks[h]))
+      expected = np.einsum("bs,bsc->bc", weights, values)
+      np.testing.assert_allclose(got[:, t, h], expected, rtol=2e-4)
+
+
+def test_no_sinks_is_sinks_of_minus_infinity():
+  q = jax.random.normal(jax.random.key(1), (B, L, 4, C))
+  k = jax.random.normal(jax.random.key(2), (B, L, 2, C))
+  without, _ = smnn.attend(q, k, k)
+  with_sinks, _ = smnn.attend(q, k, k, sinks=jnp.full((4,), -1e30))
+  np.testing.assert_allclose(without, with_sinks, rtol=1e-4)
+
+
+def test_attend_refuses_a_window_that_is_not_causal():
+  q = jnp.ones((B, L, H, C))
+  with pytest.raises(ValueError, match="need causal=True"):
+    smnn.attend(q, q, q, causal=False, sliding_window=2)
+
+
+def linear_inputs(dtype=np.float64):
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, E + 1, (T, K))  # E: not here
+  arrays = (
+    rng.normal(size=(T * K, 5)), rng.uniform(size=(T, K)),
+    rng.normal(size=(E, 5, 9)),
+  )  # fmt: skip
+  return ids, [jnp.asarray(a.astype(dtype)) for a in arrays]
+
+
+def test_linear_combine_equals_its_definition():
+  ids, (x, gates, w) = linear_inputs(np.float32)
+  routing = sm.route(jnp.asarray(ids), E)
+  rows = oracle.scatter2scatter(x, w, ids).reshape(T, K, -1)
+  expected = np.sum(oracle.f64(gates)[:, :, None] * rows, axis=1)
+  baseline = sm.combine(
+    sm.parallel_linear(x, w, routing, grouped_out=True), gates, routing
+  )
+  assert_accurate(linear_combine(x, gates, routing, w), expected, baseline)
+
+
+def test_linear_combine_gradients(x64):
+  ids, arrays = linear_inputs()
+  routing = sm.route(jnp.asarray(ids), E)
+  f = jax.jit(lambda x, gates, w: linear_combine(x, gates, routing, w))
+  check_grads(f, arrays, 1, modes=["rev"])
+
+
+def test_linear_combine_keeps_no_expanded_output():
+  ids, (x, gates, w) = linear_inputs(np.float32)
+  routing = sm.route(jnp.asarray(ids), E)
+  _, backward = jax.vjp(lambda *a: linear_combine(*a[:2], routing, a[2]),
+                        x, gates, w)  # fmt: skip
+  kept = [a for a in jax.tree.leaves(backward) if hasattr(a, "nbytes")]
+  assert (T * K, w.shape[2]) not in [a.shape for a in kept]
+  ids_bytes = sum(a.nbytes for a in routing)
+  assert sum(a.nbytes for a in kept) <= (
+    x.nbytes + gates.nbytes + w.nbytes + ids_bytes
+  )
+
+
+def test_moa_keeps_the_attention_output_once():
+  # Wide d: an expanded output (S, d) would stand out.
+  layer = module()
+  x = jax.random.normal(jax.random.key(0), (B, L, 640))
+  variables = randomized(layer, x)
+  _, backward = jax.vjp(lambda x: layer.apply(variables, x)[0], x)
+  shapes = [a.shape for a in jax.tree.leaves(backward) if hasattr(a, "shape")]
+  assert (T * K, 640) not in shapes
+  assert (T * K, H * C) not in shapes
+
+
+def test_moa_under_bfloat16_remat_and_scan():
+  x = tokens(dtype=jnp.bfloat16)
+  layer = module(dtype=jnp.bfloat16)
+  variables = randomized(layer, x)
+  remat = nn.remat(smnn.MixtureOfAttention)(
+    num_experts=E, top_k=K, num_heads=H, head_dim=C, dtype=jnp.bfloat16
+  )
+
+  def loss(layer, params):
+    y = layer.apply({"params": params}, x)[0]
+    assert y.dtype == jnp.bfloat16
+    return y.astype(jnp.float32).sum()
+
+  # Strict promotion refuses the backward of JAX's own attention in bfloat16.
+  with jax.numpy_dtype_promotion("standard"):
+    expected = jax.jit(jax.grad(lambda p: loss(layer, p)))(variables["params"])
+    got = jax.jit(jax.grad(lambda p: loss(remat, p)))(variables["params"])
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert a.dtype == jnp.float32 and np.any(b)
+    assert np.abs(a - b).max() <= 0.02 * np.abs(b).max()
