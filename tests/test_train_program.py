@@ -148,12 +148,12 @@ def test_a_folder_in_use_is_left_alone(finished, text, capsys, tmp_path):
   assert code == 2
   assert f"error: --out {folder}: the folder is in use; go on with" in said
   assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-  code, said = run(capsys, "--data", text, "--out", tmp_path, *TINY)
-  # An empty folder would do; this one has a file.
   (tmp_path / "mine.txt").write_text("mine")
   code, said = run(capsys, "--data", text, "--out", tmp_path, *TINY)
   assert code == 2 and "the folder is in use; name another" in said
-  code, said = run(capsys, "--data", text, "--out", tmp_path / "mine.txt")
+  code, said = run(
+    capsys, "--data", text, "--out", tmp_path / "mine.txt", *TINY
+  )
   assert code == 2 and "there is a file of that name" in said
 
 

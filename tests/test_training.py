@@ -28,6 +28,8 @@ MODEL = ModelConfig(
   head_dim=8,
   num_experts=4,
   d_expert=16,
+  scoring="sigmoid",
+  selection_bias=True,
 )
 TRAIN = TrainConfig(
   steps=40,
@@ -35,12 +37,16 @@ TRAIN = TrainConfig(
   sequence_length=12,
   warmup_steps=5,
   learning_rate=2e-2,
+  # The balance loss of parts of a batch is not that of the whole.
+  balance_coef=0.0,
 )
 
 
-def start(model_config=MODEL, config=TRAIN):
-  model, optimizer = Transformer(model_config), make_optimizer(config)
-  state = init_state(model, optimizer, jax.random.key(0))
+@functools.cache
+def start(config=TRAIN):
+  model, optimizer = Transformer(MODEL), make_optimizer(config)
+  init = jax.jit(functools.partial(init_state, model, optimizer))
+  state = init(jax.random.key(0))
   return model, state, jax.jit(make_train_step(model, optimizer, config))
 
 
@@ -69,9 +75,7 @@ def test_accumulated_parts_step_like_the_whole_batch():
   batch = counting_batch(0)
   steps = {}
   for parts in (1, 4):
-    # The balance loss of parts is not that of the whole: leave it out.
-    config = dataclasses.replace(TRAIN, accumulate=parts, balance_coef=0.0)
-    _, state, train_step = start(config=config)
+    _, state, train_step = start(dataclasses.replace(TRAIN, accumulate=parts))
     steps[parts] = train_step(state, batch)[1]
   for name in ("loss", "z", "grad_norm"):
     np.testing.assert_allclose(
@@ -85,7 +89,7 @@ def test_accumulated_parts_step_like_the_whole_batch():
 
 def test_total_loss_adds_the_router_losses_by_their_coefficients():
   model, state, _ = start()
-  variables = {"params": state.params}
+  variables = {"params": state.params, "router_state": state.router_state}
   batch = counting_batch(0)
 
   def loss(**coefficients):
@@ -105,8 +109,7 @@ def test_total_loss_adds_the_router_losses_by_their_coefficients():
 
 
 def test_selection_bias_moves_against_the_load():
-  config = dataclasses.replace(MODEL, scoring="sigmoid", selection_bias=True)
-  _, state, train_step = start(config)
+  _, state, train_step = start()
   state, metrics = train_step(state, counting_batch(0))
   load = np.asarray(metrics.routers.ffn.tokens_per_expert[0])
   bias = state.router_state["layer_0"]["ffn"]["router"]["selection_bias"]
@@ -116,8 +119,8 @@ def test_selection_bias_moves_against_the_load():
 
 def test_weight_decay_and_frozen_weights():
   optimizer = make_optimizer(dataclasses.replace(TRAIN, weight_decay=1.0))
-  model = Transformer(MODEL)
-  state = init_state(model, optimizer, jax.random.key(0))
+  model, state, _ = start()
+  state = state._replace(opt_state=optimizer.init(state.params))
   zeros = jax.tree.map(jnp.zeros_like, state.params)
   # The schedule starts at 0: look at the second update.
   with jax.numpy_dtype_promotion("standard"):

@@ -68,14 +68,14 @@ def load_corpus(path: str | Path | None = None) -> Corpus:
     description = str(root)
     if not root.exists():
       raise DataError(f"--data {root}: no such file or folder.")
-    files = [root] if root.is_file() else list(_text_files(root))
+    files = list(_text_files(root)) if root.is_dir() else [root]
   if not files:
     raise DataError(f"--data {root}: the folder holds no text file.")
   texts = [file.read_bytes() for file in files]
   if not any(texts):
     raise DataError(
       f"--data {root}: "
-      + ("the file is empty." if root.is_file() else "its files are empty.")
+      + ("its files are empty." if root.is_dir() else "the file is empty.")
     )
   train, validation = _hold_out([text for text in texts if text])
   description += f", {len(texts)} {'file' if len(texts) == 1 else 'files'}"
