@@ -22,8 +22,8 @@ from scattermoe_jax.kernels.tuning import tuned_config
 from scattermoe_jax.routing import Routing
 
 _DTYPES = ("bfloat16", "float16")
-# Copies move 16 bytes.
-_WIDTH_MULTIPLE = 8
+# Copies move 16 bytes of a row, or boxes of 8 rows.
+_MULTIPLE = 8
 # The tensor core reads tiles of 64 columns; other widths are padded to them.
 _TILE_WIDTH = 64
 
@@ -39,9 +39,9 @@ def check(problem: Problem) -> str | None:
   if problem.dtype not in _DTYPES:
     return f"mosaic multiplies {' or '.join(_DTYPES)}, got {problem.dtype}"
   for name, width in (("d_in", problem.d_in), ("d_out", problem.d_out)):
-    if width % _WIDTH_MULTIPLE or not width:
+    if width % _MULTIPLE or not width:
       return (
-        f"mosaic needs widths that are multiples of {_WIDTH_MULTIPLE}, got "
+        f"mosaic needs widths that are multiples of {_MULTIPLE}, got "
         f"{name} = {width}"
       )
   return missing_feature()
@@ -109,8 +109,9 @@ def scatter2scatter(
       bias=_pad(bias, 1),
       scattered_ids=None if grouped_out else routing.scattered_ids,
     )
+    x = _pad(x, 1)
     [y] = grouped_matmul.multiply(
-      _pad(x, 1), _pad(w, 1, 2), routing, epilogue, plan
+      _pad_rows(x) if grouped_in else x, _pad(w, 1, 2), routing, epilogue, plan
     )
     return y[:, :d_out]
 
@@ -133,7 +134,7 @@ def up_projection(
   The activation is computed from the sums in float32, before h is rounded.
   """
   halves = 2 if activation.gated else 1
-  if routing.num_rows == 0 or w.shape[2] % (halves * _TILE_WIDTH):
+  if not _fuses(routing, activation, w.shape[2], halves * _TILE_WIDTH):
     return composed.up_projection(
       scatter2scatter,
       x,
@@ -177,7 +178,7 @@ def down_projection_grad(
   da' = dy w_e^T; dgates = <da', a>; dh = (gates da') dact/dh;
   weighted_a = gates a.
   """
-  if routing.num_rows == 0 or w.shape[1] % _TILE_WIDTH:
+  if not _fuses(routing, activation, w.shape[1], _TILE_WIDTH):
     return composed.down_projection_grad(
       scatter2scatter,
       dy,
@@ -194,7 +195,7 @@ def down_projection_grad(
 
   @jax.custom_batching.sequential_vmap
   def run(dy, w, h, gates, routing):
-    epilogue = epilogues.Differentiate(activation, h, gates)
+    epilogue = epilogues.Differentiate(activation, _pad_rows(h), gates)
     dh, weighted_a, sums = grouped_matmul.multiply(
       _pad(dy, 1), _pad(w, 2), routing, epilogue, plan
     )
@@ -239,6 +240,13 @@ def group_xty(
   )
 
 
+def _fuses(routing: Routing, activation, width: int, multiple: int) -> bool:
+  """Returns whether a fused kernel can run; else the composed form does."""
+  # Mosaic GPU lowers no erf (JAX 0.11).
+  lowers = activation.name != "gelu"
+  return routing.num_rows > 0 and lowers and width % multiple == 0
+
+
 def _plan(op: str, x, w, routing: Routing, config, *, transpose_w, **fields):
   """Returns the launch plan of a product, its widths padded."""
   from scattermoe_jax.kernels.mosaic.grouped_matmul import Plan
@@ -278,3 +286,9 @@ def _pad(array, *axes: int):
   for axis in axes:
     pad[axis] = (0, _padded(array.shape[axis]) - array.shape[axis])
   return jnp.pad(array, pad) if any(after for _, after in pad) else array
+
+
+def _pad_rows(array: Float[Array, "S d"]) -> Float[Array, "_ d"]:
+  """Returns the array with zero rows up to a multiple of 8, as TMA asks."""
+  missing = -array.shape[0] % _MULTIPLE
+  return jnp.pad(array, ((0, missing), (0, 0))) if missing else array

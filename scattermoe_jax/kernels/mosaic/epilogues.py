@@ -176,7 +176,7 @@ class Differentiate(Epilogue):
     a = jax.ShapeDtypeStruct((plan.num_rows, plan.d_out), plan.dtype)
     sums = (plan.num_windows, plan.num_tiles_n, plan.config.block_m)
     return [
-      jax.ShapeDtypeStruct(self.h.shape, plan.dtype),
+      jax.ShapeDtypeStruct((plan.num_rows, self.h.shape[1]), plan.dtype),
       a,
       jax.ShapeDtypeStruct(sums, jnp.float32),
     ]

@@ -1,0 +1,177 @@
+"""The Hopper grouped matmul: interpreted and lowered here, without a GPU.
+
+What the interpreter cannot run, the copies of gathered rows, is exchanged
+behind the seam of `interpreted_mosaic`. On a GPU the kernels themselves run in
+`test_backends.py`, with every other backend.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+import scattermoe_jax as sm
+from scattermoe_jax._compat import Device
+from scattermoe_jax.kernels import Problem, mosaic, xla
+from scattermoe_jax.ops.activations import get_activation
+from scattermoe_jax.routing import route
+from tests.accuracy import assert_accurate
+
+H200 = Device("gpu", "NVIDIA H200", (9, 0), 132)
+PROBLEM = Problem(4096, 8, 1024, 512, "bfloat16", H200)
+
+needs_mosaic = pytest.mark.skipif(
+  mosaic.missing_feature() is not None, reason=str(mosaic.missing_feature())
+)
+
+# 3 experts over windows of 128 rows: two groups share a window's start, and
+# a fifth of the choices are not here.
+NUM_TOKENS, TOP_K, NUM_EXPERTS, D, N = 70, 2, 3, 128, 128
+
+
+def normal(rng, *shape):
+  return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+
+def routing_and_rng():
+  rng = np.random.default_rng(0)
+  ids = np.argsort(rng.random((NUM_TOKENS, NUM_EXPERTS)), axis=1)[:, :TOP_K]
+  ids = np.where(rng.random(ids.shape) < 0.2, NUM_EXPERTS, ids)
+  return route(jnp.asarray(ids, jnp.int32), NUM_EXPERTS), rng
+
+
+def assert_equals_xla(name, got, *args, **options):
+  """Asserts a backend function's results against xla's in float32."""
+  wide = jax.tree.map(
+    lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, args
+  )
+  function = getattr(xla, name)
+  oracle, baseline = function(*wide, **options), function(*args, **options)
+  for part, (g, o, b) in enumerate(
+    zip(*map(jax.tree.leaves, (got, oracle, baseline)), strict=True)
+  ):
+    assert_accurate(g, o, b, err_msg=f"{name} {part}")
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+  "grouped_in, grouped_out, transpose_w",
+  [
+    (False, True, False),
+    pytest.param(True, True, True, marks=pytest.mark.slow),
+    pytest.param(False, False, True, marks=pytest.mark.slow),
+    pytest.param(True, False, False, marks=pytest.mark.slow),
+  ],
+)
+def test_scatter2scatter_interpreted(grouped_in, grouped_out, transpose_w):
+  from tests.interpreted_mosaic import mosaic_interpreted
+
+  routing, rng = routing_and_rng()
+  x = normal(rng, NUM_TOKENS * (TOP_K if grouped_in else 1), D)
+  w = normal(rng, NUM_EXPERTS, *((N, D) if transpose_w else (D, N)))
+  options = dict(
+    bias=normal(rng, NUM_EXPERTS, N),
+    grouped_in=grouped_in,
+    grouped_out=grouped_out,
+    transpose_w=transpose_w,
+  )
+  backend = mosaic_interpreted()
+  got = backend.scatter2scatter(x, w, routing, **options)
+  assert_equals_xla("scatter2scatter", got, x, w, routing, **options)
+
+
+@needs_mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize("gated", [True, False])
+def test_fused_forms_interpreted_without_races(gated):
+  from tests.interpreted_mosaic import mosaic_interpreted
+
+  routing, rng = routing_and_rng()
+  activation = get_activation("silu", gated=gated)
+  width = 2 * N if gated else N
+  backend = mosaic_interpreted(detect_races=True)
+  x, w_in = normal(rng, NUM_TOKENS, D), normal(rng, NUM_EXPERTS, D, width)
+  options = dict(
+    bias=normal(rng, NUM_EXPERTS, width), activation=activation, keep_h=True
+  )
+  got = backend.up_projection(x, w_in, routing, **options)
+  assert_equals_xla("up_projection", got, x, w_in, routing, **options)
+
+  args = (
+    normal(rng, NUM_TOKENS, D),
+    normal(rng, NUM_EXPERTS, N, D),
+    normal(rng, NUM_TOKENS * TOP_K, width),
+    jnp.asarray(rng.random(NUM_TOKENS * TOP_K), jnp.float32),
+    routing,
+  )
+  got = backend.down_projection_grad(*args, activation=activation)
+  assert_equals_xla("down_projection_grad", got, *args, activation=activation)
+
+
+LOWERED = {
+  # name: (T, d, n, E, k, dtype, activation)
+  "eight_experts": (16384, 4096, 14336, 8, 2, "bfloat16", "silu"),
+  "many_experts": (32768, 4096, 256, 512, 16, "bfloat16", "silu"),
+  "gpt_oss_width": (16384, 2880, 2880, 32, 4, "bfloat16", "clamped_swiglu"),
+  "float16_odd_width": (1001, 600, 104, 5, 2, "float16", "gelu_tanh"),
+  "erf_is_composed": (1001, 512, 128, 5, 2, "bfloat16", "gelu"),
+}
+
+
+@needs_mosaic
+@pytest.mark.parametrize("case", LOWERED)
+def test_a_training_step_lowers_without_a_gpu(case):
+  T, d, n, E, k, dtype, activation = LOWERED[case]
+
+  def loss(x, gates, w_in, w_out, ids):
+    y = sm.smoe_mlp(
+      x,
+      gates,
+      route(ids, E),
+      w_in,
+      w_out,
+      activation=activation,
+      implementation="mosaic",
+    )
+    return y.astype(jnp.float32).sum()
+
+  shape = jax.ShapeDtypeStruct
+  args = (
+    shape((T, d), dtype),
+    shape((T, k), "float32"),
+    shape((E, d, 2 * n), dtype),
+    shape((E, n, d), dtype),
+    shape((T, k), "int32"),
+  )
+  device = AbstractDevice("NVIDIA H200", 132, "gpu")
+  with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  kernels = text.count("custom_call @mosaic_gpu")
+  # up, dgrad of down, dx, dw_in, dw_out; a gradient needs no y.
+  assert kernels == 5
+
+
+@needs_mosaic
+def test_runs_on_hopper_alone():
+  assert mosaic.check(PROBLEM) is None
+  a100 = Device("gpu", "NVIDIA A100", (8, 0), 108)
+  assert "this is NVIDIA A100" in mosaic.check(PROBLEM._replace(device=a100))
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (dict(dtype="float32"), "multiplies bfloat16 or float16, got float32"),
+    (dict(d_in=100), "multiples of 8, got d_in = 100"),
+    (dict(d_out=20), "multiples of 8, got d_out = 20"),
+  ],
+)
+def test_refuses_in_words(change, words):
+  assert words in mosaic.check(PROBLEM._replace(**change))
+
+
+def test_an_old_jax_is_a_reason_not_an_error():
+  reason = mosaic.check(PROBLEM)
+  assert reason is None or "this JAX" in reason
