@@ -1,6 +1,6 @@
 """The attention that every module shares: masks, key-value cache and core."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,7 @@ def attend(
         scale=scale,
         is_causal=is_causal,
         local_window_size=None if window is None else (window - 1, 0),
-        implementation=implementation,
+        implementation=cast(Any, implementation),
       )
   return y, cache
 

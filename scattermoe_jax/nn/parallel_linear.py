@@ -1,6 +1,7 @@
 """A linear layer with one matrix per expert."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -80,7 +81,7 @@ class ParallelLinear(nn.Module):
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     linear = parallel_linear
     if self.has_variable("params", "lora"):
-      adapters = self.get_variable("params", "lora")
+      adapters: dict[str, Any] = self.get_variable("params", "lora")
       linear = functools.partial(
         adapted_parallel_linear, adapter=adapters.get("kernel")
       )

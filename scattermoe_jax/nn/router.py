@@ -13,7 +13,7 @@ Every rule maps logits z (T, E) to gates (T, k), expert_ids (T, k) and probs
 The first, renormalised, equals the second but for rounding.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -157,9 +157,9 @@ class Router(nn.Module):
         f"Router: top_k must lie in [1, num_experts = {self.num_experts}], "
         f"got {self.top_k}."
       )
-    if self.scoring not in Scoring.__args__:
+    if self.scoring not in get_args(Scoring):
       raise ValueError(
-        f"Router: scoring must be one of {Scoring.__args__}, got "
+        f"Router: scoring must be one of {get_args(Scoring)}, got "
         f"{self.scoring!r}."
       )
     if self.scoring != "sigmoid" and (
