@@ -30,7 +30,7 @@ def activate(h, activation, gated):
 
 def scatter2scatter(
   x, w, expert_ids, *, bias=None, grouped_in=False, grouped_out=False,
-  transpose_w=False,
+  transpose_w=False, matmul=None,
 ):  # fmt: skip
   """As the oracle's, in the dtype of x with float32 sums."""
   num_experts = w.shape[0]
@@ -38,24 +38,26 @@ def scatter2scatter(
     w = w.transpose(0, 2, 1)
   rows = _scattered(x, expert_ids, num_experts, grouped_in)
   rows = rows.reshape(*expert_ids.shape, -1)
-  y = linear(rows, w, expert_ids, bias).reshape(-1, w.shape[2])
+  y = linear(rows, w, expert_ids, bias, matmul=matmul)
+  y = y.reshape(-1, w.shape[2])
   if grouped_out:
     y = y[_grouped_order(expert_ids, num_experts)]
   return y
 
 
 def group_xty(
-  x, y, expert_ids, num_experts, *, x_grouped=False, y_grouped=False
-):
+  x, y, expert_ids, num_experts, *, x_grouped=False, y_grouped=False,
+  matmul=None,
+):  # fmt: skip
   """As the oracle's, in the dtype of x with float32 sums."""
   x = _scattered(x, expert_ids, num_experts, x_grouped)
   y = _scattered(y, expert_ids, num_experts, y_grouped)
   experts = jnp.arange(num_experts)[:, None]
   mine = (expert_ids.reshape(1, -1) == experts).astype(x.dtype)
-  return jnp.einsum(
-    "sd,esn->edn", x, mine[:, :, None] * y[None], precision="highest",
-    preferred_element_type=_wide(x.dtype),
-  ).astype(x.dtype)  # fmt: skip
+  y_of = (mine[:, :, None] * y[None]).swapaxes(0, 1)  # (S, E, n)
+  xty = (matmul or xla_matmul)(x.T, y_of.reshape(y.shape[0], -1))
+  xty = xty.reshape(x.shape[1], num_experts, y.shape[1])
+  return xty.swapaxes(0, 1).astype(x.dtype)
 
 
 def up_projection(x, w, expert_ids, *, bias, activation, gated):
@@ -100,15 +102,15 @@ def _scattered(x, expert_ids, num_experts, grouped):
   return jnp.repeat(x, expert_ids.shape[1], axis=0)
 
 
-def linear(rows, w, expert_ids, bias=None):
+def linear(rows, w, expert_ids, bias=None, *, matmul=None):
   """rows (T, k, d) or (T, 1, d) times w[expert_ids]: (T, k, n)."""
   wide = _wide(rows.dtype)
   here = (expert_ids >= 0) & (expert_ids < w.shape[0])
   experts = jnp.where(here, expert_ids, 0)
-  products = jnp.einsum(
-    "tjd,edn->tjen", rows, w, preferred_element_type=wide,
-    precision="highest",
-  )  # fmt: skip
+  num_experts, d, n = w.shape
+  products = (matmul or xla_matmul)(
+    rows.reshape(-1, d), w.swapaxes(0, 1).reshape(d, num_experts * n)
+  ).reshape(*rows.shape[:2], num_experts, n)
   if products.shape[1] != expert_ids.shape[1]:
     products = jnp.repeat(products, expert_ids.shape[1], axis=1)
   y = jnp.take_along_axis(products, experts[:, :, None, None], axis=2)[:, :, 0]
@@ -119,15 +121,46 @@ def linear(rows, w, expert_ids, bias=None):
 
 def smoe_mlp(
   x, gates, expert_ids, w_in, w_out, bias_in=None, bias_out=None, *,
-  activation="silu",
+  activation="silu", matmul=None,
 ):  # fmt: skip
   gated = w_in.shape[2] == 2 * w_out.shape[1]
   wide = _wide(x.dtype)
-  h = linear(x[:, None], w_in, expert_ids, bias_in).astype(wide)
+  h = linear(x[:, None], w_in, expert_ids, bias_in, matmul=matmul).astype(wide)
   a = activate(h, activation, gated).astype(x.dtype)
-  y = linear(a, w_out, expert_ids, bias_out).astype(wide)
+  y = linear(a, w_out, expert_ids, bias_out, matmul=matmul).astype(wide)
   return jnp.sum(gates.astype(wide)[:, :, None] * y, axis=1).astype(x.dtype)
 
 
 def _wide(dtype):
   return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def xla_matmul(a, b):
+  """Returns a b with XLA's sums, in float32 or wider."""
+  return jnp.matmul(
+    a, b, precision="highest", preferred_element_type=_wide(a.dtype)
+  )
+
+
+@jax.custom_vjp
+def textbook_matmul(a, b):
+  """Returns a b, one term of each sum after another, in float32 or wider."""
+  a, b = a.astype(_wide(a.dtype)), b.astype(_wide(b.dtype))
+
+  def add_term(k, total):
+    return total + a[:, k, None] * b[None, k]
+
+  total = jnp.zeros((a.shape[0], b.shape[1]), a.dtype)
+  return jax.lax.fori_loop(0, a.shape[1], add_term, total)
+
+
+def _textbook_bwd(operands, dy):
+  a, b = operands
+  dy = dy.astype(a.dtype)
+  da, db = textbook_matmul(dy, b.T), textbook_matmul(a.T, dy)
+  return da.astype(a.dtype), db.astype(b.dtype)
+
+
+textbook_matmul.defvjp(
+  lambda a, b: (textbook_matmul(a, b), (a, b)), _textbook_bwd
+)

@@ -51,3 +51,11 @@ def test_float64_is_held_to_twelve_digits(x64):
   assert_accurate(y * (1 + 1e-13), ORACLE, None)
   with pytest.raises(AssertionError):
     assert_accurate(y * (1 + 1e-11), ORACLE, None)
+
+
+def test_of_several_orders_of_summation_the_worst_counts():
+  y = rounded(jnp.float32)
+  off = y.at[0, 0].add(1e-3)
+  with pytest.raises(AssertionError, match="off by"):
+    assert_accurate(off, ORACLE, [y, y])
+  assert_accurate(off, ORACLE, [y, off])

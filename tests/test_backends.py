@@ -155,13 +155,15 @@ def backend_products(backend, case, arrays, ids, **options):
   )
 
 
-def reference_products(truth, case, arrays, ids):
+def reference_products(truth, case, arrays, ids, **options):
   """`truth` is `oracle` or `plain`."""
   return list(
     products(
-      lambda x, w, **layout: truth.scatter2scatter(x, w, ids, **layout),
+      lambda x, w, **layout: truth.scatter2scatter(
+        x, w, ids, **layout, **options
+      ),
       lambda x, y, **layout: truth.group_xty(
-        x, y, ids, case.num_experts, **layout
+        x, y, ids, case.num_experts, **layout, **options
       ),
       arrays,
     )
@@ -170,7 +172,15 @@ def reference_products(truth, case, arrays, ids):
 
 @functools.partial(jax.jit, static_argnums=0)
 def plain_products(case, arrays, ids):
-  return reference_products(plain, case, arrays, ids)
+  """A list for each product: plain XLA, in both orders if in float32."""
+  matmuls = [plain.xla_matmul]
+  if arrays["w"].dtype == jnp.float32:
+    matmuls.append(plain.textbook_matmul)
+  ways = [
+    reference_products(plain, case, arrays, ids, matmul=matmul)
+    for matmul in matmuls
+  ]
+  return [list(results) for results in zip(*ways, strict=True)]
 
 
 def assert_all_accurate(names, got, truth, baseline=None, err_msg=""):
