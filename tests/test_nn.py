@@ -346,6 +346,42 @@ def test_logical_axis_names_reach_the_parameters():
   np.testing.assert_array_equal(boxed, plain)
 
 
+def test_mesh_axes_split_the_parameters_and_change_no_number():
+  axes = sm.sharding.MeshAxes(data="data", expert="expert", tensor="tensor")
+  fields = dict(use_bias=True, bias_init=NORMAL, num_shared_experts=1)
+  plain, meshed = block(**fields), block(mesh_axes=axes, **fields)
+  x, mask = tokens(), jnp.arange(T).reshape(B, L) % 5 != 0
+  key = jax.random.key(0)
+  params = jax.jit(plain.init)(key, x)["params"]
+  boxed = jax.jit(meshed.init)(key, x)["params"]
+  spec = jax.sharding.PartitionSpec
+  specs = nn.get_partition_spec(boxed)["experts"]
+  assert specs["w_gate_up"] == spec("expert", "embed", None, "mlp")
+  assert specs["bias_in"] == spec("expert", None, "mlp")
+  split = nn.unbox(boxed)
+  assert split["experts"]["w_gate_up"].shape == (E, D, 2, N)
+  joined = {**split, "experts": sm.sharding.join_gate(split["experts"])}
+  jax.tree.map(np.testing.assert_array_equal, joined, params)
+
+  def step(module, params):
+    def loss(params):
+      y, metrics = module.apply({"params": params}, x, mask=mask)
+      return jnp.sum(y * y) + metrics.load_balancing_loss, metrics
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+  mesh = jax.make_mesh(
+    (2, 2, 2),
+    ("data", "expert", "tensor"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+  with jax.set_mesh(mesh):
+    got, grads = step(meshed, split)
+  expected = step(plain, params)
+  grads = {**grads, "experts": sm.sharding.join_gate(grads["experts"])}
+  assert_same_tree((got, grads), expected)
+
+
 def test_the_nnx_bridge_trains_a_block():
   x = tokens()
   linen = block(num_shared_experts=1)

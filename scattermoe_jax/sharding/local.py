@@ -104,7 +104,11 @@ def unpad_tokens(array: Array, num_rows: int, mesh: Any) -> Array:
   if jax.sharding.AxisType.Explicit in mesh.axis_types:
     # Explicit axes split evenly or not at all.
     array = jax.sharding.reshard(array, jax.sharding.PartitionSpec())
-  return array[:num_rows]
+    return array[:num_rows]
+  # Left to itself, the partitioner of JAX 0.7 splits what remains unevenly, and
+  # a reshape of that by the caller returns other rows.
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return jax.lax.with_sharding_constraint(array[:num_rows], whole)
 
 
 def here_or_nowhere(
