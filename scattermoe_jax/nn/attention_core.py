@@ -180,7 +180,7 @@ def attend(
 def consecutive_positions(
   batch: int, length: int, cache: KVCache | None = None
 ) -> Int[Array, "B L"]:
-  """Returns 0, 1, 2, ... for each sequence, or on from the cache's length."""
+  """Returns 0 .. length - 1 for each of batch, on from the cache's length."""
   positions = jnp.arange(length, dtype=jnp.int32)
   if cache is not None:
     positions += cache.length

@@ -12,10 +12,11 @@ Each role is played by any number of mesh axes, and roles multiply. On each
 device an op runs as it would on one, over that device's experts: a row whose
 expert is elsewhere is 'not here' (`Routing`) and costs nothing.
 
-Example:
-  >>> axes = sharding.MeshAxes(data="data", expert="expert")
-  >>> with jax.set_mesh(jax.make_mesh((2, 4), ("data", "expert"))):
-  ...   y = sharding.smoe_mlp(x, gates, expert_ids, w_in, w_out, axes=axes)
+With x, gates, expert_ids and weights as for `scattermoe_jax.smoe_mlp`:
+
+  axes = sharding.MeshAxes(data="data", expert="expert")
+  with jax.set_mesh(jax.make_mesh((2, 4), ("data", "expert"))):
+    y = sharding.smoe_mlp(x, gates, expert_ids, w_in, w_out, axes=axes)
 """
 
 from scattermoe_jax.sharding.axes import MeshAxes
