@@ -207,7 +207,7 @@ def run(
       try:
         step = build(name, shape, data, direction, backend)
         if name != "dense":
-          check(data, _arrays(step.call()))
+          _check_or_say(name, data, step)
         steps[name] = step
       except peers.Absent as absent:
         print(f"{shape.name} {direction} {name}: {absent}", flush=True)
@@ -235,6 +235,16 @@ def run(
       records.append(record)
       print(_line(record), flush=True)
   return records
+
+
+def _check_or_say(name: str, data: Inputs, step: Step) -> None:
+  """Checks a step; a peer of less accuracy is said so, not left out."""
+  try:
+    check(data, _arrays(step.call()))
+  except AssertionError as error:
+    if name not in peers.PEERS:
+      raise
+    print(f"{name} is less accurate than twice XLA's rounding: {error}")
 
 
 def _arrays(results) -> list[jax.Array]:

@@ -36,8 +36,11 @@ _SHARED_BYTES = 226 * 1024
 _BYTES = 2  # of bfloat16 and float16, all that the tensor core takes here
 # Two warpgroups store 64 rows by 64 columns at a time, from two buffers each.
 _STORE_BYTES = 2 * 2 * 64 * 64 * _BYTES
-# Tiles of 256 columns side by side, so that 132 blocks make about a square.
-_BAND = 8
+# Tiles of a weight gradient side by side: 132 blocks make about a square.
+_XTY_BAND = 8
+# Tiles of columns side by side before the next rows, where all of them together
+# are so many that the rows would leave the cache before the last.
+_BAND, _MANY_TILES = 12, 24
 # A table entry speaks for problems of up to twice or half its sizes.
 _REACH = 1.0
 
@@ -75,10 +78,11 @@ def heuristic(op: str, problem: Problem) -> TileConfig:
   _check_op(op)
   num_sms = problem.device.num_cores or _H200_SMS
   if op.startswith("group_xty"):
-    blocks = _xty_blocks(op, problem)
+    blocks, band_n = _xty_blocks(op, problem), _XTY_BAND
   else:
     blocks = (128, 256 if problem.d_out > 128 else 128)
-  config = TileConfig(*blocks, num_sms=num_sms, band_n=_BAND)
+    band_n = _BAND if problem.d_out > _MANY_TILES * blocks[1] else 0
+  config = TileConfig(*blocks, num_sms=num_sms, band_n=band_n)
   stages = max(s for s in range(2, 9) if _fits(config, num_stages=s))
   return dataclasses.replace(config, num_stages=stages)
 

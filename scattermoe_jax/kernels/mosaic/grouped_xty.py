@@ -205,7 +205,11 @@ def _load_tiles(plan, ops, queue, groups, left, right, scratch):
       def _():
         plgpu.barrier_wait(empty.at[slot])
 
-      for side, col, my_ids in zip(sides, columns(plan, t), ids, strict=True):
+      loads = list(zip(sides, columns(plan, t), ids, strict=True))
+      # TMA first: it is one instruction, and runs while rows are copied.
+      for side, col, my_ids in sorted(
+        loads, key=lambda load: not load[0][0].by_tma
+      ):
         _load_step(ops, side, t, k, col, my_ids, slot, full)
       ops.commit()
 

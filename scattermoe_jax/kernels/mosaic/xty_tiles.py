@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     """
     if self.left.by_tma and self.right.by_tma:
       return 0
-    return min(2, self.config.num_stages - 2)
+    return min(1, self.config.num_stages - 2)
 
 
 def make_plan(
