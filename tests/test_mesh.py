@@ -1,5 +1,6 @@
 """A program trains on a mesh as it does on one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,7 +20,7 @@ from scattermoe_jax.models.transformer import Transformer
 
 CONFIG = ModelConfig(
   d_model=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
-  num_experts=8, d_expert=8, d_shared=8, expert_bias=True,
+  num_experts=8, d_expert=8, d_shared=8,
 )  # fmt: skip
 TRAINING = TrainConfig(steps=8, batch_size=8, sequence_length=12)
 
@@ -110,5 +111,21 @@ def test_parse_mesh_says_what_it_wants(text):
 def test_placement_says_what_a_mesh_lacks():
   with pytest.raises(ValueError, match="needs 16 devices; JAX has 8"):
     Placement.of("expert=16")
-  with pytest.raises(ValueError, match="batch_size = 6 is not a multiple of"):
-    Placement.of("data=4").put(np.zeros((6, 3), np.int32))
+
+
+@pytest.mark.parametrize(
+  "batch_size, fields, message",
+  [
+    (6, {}, "batch_size = 6 is not a multiple of the 4 devices"),
+    (8, {"num_experts": 7}, "num_experts = 7 is not a multiple of expert=2"),
+    (8, {"d_model": 15}, "d_model = 15 is not a multiple of fsdp=2"),
+    (8, {"d_expert": 9}, "d_expert = 9 is not a multiple of tensor=2"),
+    (8, {"attention": "moa", "num_heads": 4}, "runs on one device"),
+  ],
+)
+def test_placement_says_what_it_cannot_split(batch_size, fields, message):
+  config = dataclasses.replace(CONFIG, **fields)
+  placement = Placement.of("fsdp=2,expert=2,tensor=2")
+  placement.check(8, [CONFIG, CONFIG.dense_twin()])
+  with pytest.raises(ValueError, match=message):
+    placement.check(batch_size, [config])

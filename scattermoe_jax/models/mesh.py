@@ -11,7 +11,7 @@ belongs to no mesh: what it holds has the shapes of one device.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from scattermoe_jax.models.config import ModelConfig
 from scattermoe_jax.sharding import MeshAxes, join_gate, split_gate
 
 # A tree of arrays.
@@ -131,20 +132,39 @@ class Placement:
     here = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(here, None))
 
-  def put(self, batch: np.ndarray) -> Any:
-    """Returns a batch (B, ...) with its rows split over the devices.
+  def check(self, batch_size: int, configs: Iterable[ModelConfig]) -> None:
+    """Raises ValueError if the mesh cannot split the batch or a model."""
+    if self.mesh is None:
+      return
+    sizes = self.mesh.shape
+    shards = math.prod(sizes[name] for name in _AXES.tokens)
+    if batch_size % shards:
+      raise ValueError(
+        f"--mesh: batch_size = {batch_size} is not a multiple of the {shards} "
+        f"devices of {', '.join(_AXES.tokens)}, which split the batch."
+      )
+    for config in configs:
+      if config.attention == "moa" and self.mesh.size > 1:
+        raise ValueError(
+          '--mesh: attention="moa" runs on one device; "mha" on several.'
+        )
+      if config.ffn != "moe":
+        continue
+      for name, size, role in (
+        ("num_experts", config.num_experts, "expert"),
+        ("d_model", config.d_model, "fsdp"),
+        ("d_expert", config.d_expert, "tensor"),
+      ):
+        if size % sizes[role]:
+          raise ValueError(
+            f"--mesh: {name} = {size} is not a multiple of {role}="
+            f"{sizes[role]}, which splits it."
+          )
 
-    Raises:
-      ValueError: if the devices that split tokens do not divide B.
-    """
+  def put(self, batch: np.ndarray) -> Any:
+    """Returns a batch (B, ...) with its rows split over the devices."""
     if self.mesh is None:
       return batch
-    shards = math.prod(self.mesh.shape[name] for name in _AXES.tokens)
-    if batch.shape[0] % shards:
-      raise ValueError(
-        f"--mesh: batch_size = {batch.shape[0]} is not a multiple of the "
-        f"{shards} devices of {_AXES.tokens}, which split the batch."
-      )
     return jax.device_put(
       batch, NamedSharding(self.mesh, PartitionSpec(_AXES.tokens))
     )

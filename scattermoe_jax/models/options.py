@@ -101,6 +101,12 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     help="dense, or a mixture of as many active parameters; --set refines it",
   )
   parser.add_argument(
+    "--mesh",
+    metavar="ROLE=DEVICES,...",
+    help="devices by role (data, fsdp, expert, tensor), such as "
+    "data=2,expert=4; a run may go on with another (default: one device)",
+  )
+  parser.add_argument(
     "--no-twin", dest="twin", action="store_false", help="no dense twin"
   )
   _add_fields(parser.add_argument_group("run"), RunConfig)

@@ -4,6 +4,7 @@
   python -m scattermoe_jax.models.train --data notes.txt   on a file or a folder
   python -m scattermoe_jax.models.train --set num_experts=16 --steps 2000
   python -m scattermoe_jax.models.train --resume runs/NAME after a kill
+  python -m scattermoe_jax.models.train --mesh data=2,expert=4    on 8 devices
 
 The dense twin has as many active parameters (what one token meets), the same
 batches and as many steps: the difference is what the experts bring.
@@ -27,6 +28,7 @@ from rich.table import Table
 
 from scattermoe_jax.models import data, plots
 from scattermoe_jax.models.config import ModelConfig
+from scattermoe_jax.models.mesh import Placement
 from scattermoe_jax.models.options import (
   RunConfig,
   apply_flags,
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
   flags = make_parser(__doc__).parse_args(argv)
   console = Console(highlight=False)
   try:
-    with _begin(flags) as run:
+    with _begin(flags) as run, run.placement.context():
       _run(run, console)
   except (data.DataError, RunError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
@@ -73,6 +75,7 @@ class Run:
   config: RunConfig
   corpus: data.Corpus
   folder: RunFolder
+  placement: Placement
 
   def __enter__(self):
     return self
@@ -101,6 +104,8 @@ def _begin(flags: argparse.Namespace) -> Run:
     batch_size=config.training.batch_size,
     sequence_length=config.training.sequence_length,
   )
+  placement = Placement.of(getattr(flags, "mesh", None))
+  placement.check(config.training.batch_size, config.models().values())
   data_hash = fingerprint(corpus.train, corpus.validation)
   if not resumed:
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -108,7 +113,7 @@ def _begin(flags: argparse.Namespace) -> Run:
       Path(getattr(flags, "out", f"runs/{now}")),
       {"settings": config.to_dict(), "data_hash": data_hash},
     )
-    return Run(config, corpus, folder)
+    return Run(config, corpus, folder, placement)
   if changed := differences(before.to_dict(), config.to_dict()):
     raise RunError(
       f"--resume {resumed}: that run has {'; '.join(changed)}. A checkpoint "
@@ -119,7 +124,7 @@ def _begin(flags: argparse.Namespace) -> Run:
       f"--resume {resumed}: {corpus.description} is not what it was when that "
       "run began. Bring the data back or start a new run with --out."
     )
-  return Run(config, corpus, RunFolder(Path(resumed)))
+  return Run(config, corpus, RunFolder(Path(resumed)), placement)
 
 
 def _run(run: Run, console: Console) -> None:
@@ -134,7 +139,7 @@ def _run(run: Run, console: Console) -> None:
   rows = []
   states = {}
   for name, model_config in config.models().items():
-    model = Transformer(model_config)
+    model = Transformer(model_config, run.placement.axes)
     states[name] = state = fit(run, name, model_config, reporter)
     rows.append(_summarise(run, name, model, state))
   baselines = {
@@ -147,7 +152,8 @@ def _run(run: Run, console: Console) -> None:
   )
   console.print(_table(rows, baselines))
   name, model_config = next(iter(config.models().items()))
-  text = _sample(config, model_config, states[name])
+  model = Transformer(model_config, run.placement.axes)
+  text = _sample(config, model, states[name])
   (run.folder.path / "sample.txt").write_text(text)
   console.rule(f"a sample of {name}")
   console.print(text, markup=False, soft_wrap=True)
@@ -160,19 +166,22 @@ def fit(
   run: Run, name: str, model_config: ModelConfig, reporter: Reporter
 ) -> TrainState:
   """Returns the state of a model trained to the end, from where it was."""
-  config, folder = run.config, run.folder
-  model = Transformer(model_config)
+  config, folder, placement = run.config, run.folder, run.placement
+  model = Transformer(model_config, placement.axes)
   optimizer = make_optimizer(config.training)
-  state = jax.jit(functools.partial(init_state, model, optimizer))(
-    jax.random.key(config.training.seed)
+  state = placement.init(
+    model,
+    functools.partial(init_state, model, optimizer),
+    jax.random.key(config.training.seed),
   )
-  train_step = jax.jit(
-    make_train_step(model, optimizer, config.training), donate_argnums=0
+  train_step = placement.jit_step(
+    make_train_step(model, optimizer, config.training), state
   )
   evaluate = jax.jit(functools.partial(evaluate_batch, model))
   checkpoints = folder.checkpoints(name, model_config.to_dict())
   if checkpoints.latest_step is not None:
-    state = checkpoints.restore(state)
+    stored = checkpoints.restore(placement.to_store(state))
+    state = placement.from_store(stored, like=state)
   start, steps = int(state.step), config.training.steps
   folder.forget_after(name, start)
 
@@ -203,20 +212,21 @@ def fit(
         )
       meter.step(step, bits, tokens_per_second)
       if step % config.checkpoint_every == 0 or step == steps:
-        checkpoints.save(state)
+        checkpoints.save(placement.to_store(state))
   checkpoints.close()
   return state
 
 
-def _batch(run: Run, step: int) -> np.ndarray:
+def _batch(run: Run, step: int) -> jax.Array | np.ndarray:
   training = run.config.training
-  return data.train_batch(
+  batch = data.train_batch(
     run.corpus.train,
     seed=training.seed,
     step=step,
     batch_size=training.batch_size,
     sequence_length=training.sequence_length,
   )
+  return run.placement.put(batch)
 
 
 def _validate(run: Run, evaluate, state: TrainState) -> float:
@@ -227,7 +237,9 @@ def _validate(run: Run, evaluate, state: TrainState) -> float:
     batch_size=run.config.training.batch_size,
     sequence_length=run.config.training.sequence_length,
   )
-  losses = [evaluate(_variables(state), batch) for batch in batches]
+  losses = [
+    evaluate(_variables(state), run.placement.put(batch)) for batch in batches
+  ]
   return nats_to_bits(float(jnp.stack(losses).mean()))
 
 
@@ -313,12 +325,12 @@ def _draw(run: Run, rows: list[dict], baselines: dict[str, float]) -> None:
   )
 
 
-def _sample(config: RunConfig, model_config: ModelConfig, state) -> str:
+def _sample(config: RunConfig, model: Transformer, state) -> str:
   prompt = data.encode(config.prompt)[None]
   continuation = jax.jit(
     functools.partial(
       sample,
-      Transformer(model_config),
+      model,
       num_tokens=config.sample_tokens,
       temperature=config.temperature,
     )
