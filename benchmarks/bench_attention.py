@@ -292,14 +292,14 @@ def measure(
   x, dy = tokens(shape, 3), tokens(shape, 4)
   variants = layers(shape, implementation)
 
-  def compiled(case):
-    direction, name = case
-    function = jax.jit(step(variants[name], direction))
-    return function.lower(params[name], x, dy).compile()
-
   cases = [(direction, name) for direction in directions for name in LAYERS]
+  lowered = [
+    jax.jit(step(variants[name], direction)).lower(params[name], x, dy)
+    for direction, name in cases
+  ]
   with ThreadPoolExecutor() as pool:
-    programs = dict(zip(cases, pool.map(compiled, cases), strict=True))
+    compiled = pool.map(lambda program: program.compile(), lowered)
+    programs = dict(zip(cases, compiled, strict=True))
   for direction in directions:
     _assert_agree(
       programs[direction, "moa"](params["moa"], x, dy),

@@ -1,5 +1,7 @@
 """Mixture of attention, its cache, masks and memory, against plain loops."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import linen as nn
 from jax.test_util import check_grads
 
 import scattermoe_jax as sm
+from benchmarks import bench_attention
 from scattermoe_jax import nn as smnn
 from scattermoe_jax.ops import linear_combine
 from tests import oracle
@@ -276,3 +279,33 @@ def test_moa_under_bfloat16_remat_and_scan():
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     assert a.dtype == jnp.float32 and np.any(b)
     assert np.abs(a - b).max() <= 0.02 * np.abs(b).max()
+
+
+@contextlib.contextmanager
+def as_users_have_it():
+  """JAX's own settings for promotion, which a program runs under."""
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
+    yield
+
+
+def test_benchmark_checks_and_times_a_tiny_layer(capsys):
+  with as_users_have_it():
+    records = bench_attention.main(
+      ["--tiny", "--top-k", "2", "--samples", "2", "--implementation", "xla"]
+    )
+  assert len(records) == 6
+  assert all(record["ms_median"] > 0 for record in records)
+  assert capsys.readouterr().out.count("TFLOP/s") == 6
+
+
+def test_benchmark_notices_a_wrong_layer(monkeypatch):
+  once = bench_attention.ungroup
+  monkeypatch.setattr(bench_attention, "ungroup", lambda *a: 2 * once(*a))
+  with (
+    as_users_have_it(),
+    pytest.raises(AssertionError, match="regroup"),
+  ):
+    bench_attention.check(bench_attention.tiny(2), "xla")
