@@ -1,0 +1,112 @@
+"""Tables from records: what was measured, and the command that measured it.
+
+  python -m benchmarks.report [--readme]
+
+Prints every record of `benchmarks/results` that the README shows, or writes
+them between its speed markers. No number is typed by hand.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.timing import RESULTS
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_BEGIN, _END = "<!-- begin speed -->", "<!-- end speed -->"
+
+Record = dict[str, Any]
+
+
+def load(device: str, bench: str) -> list[Record]:
+  """Returns the records of a benchmark on a device; none if it never ran."""
+  path = RESULTS / device / f"{bench}.json"
+  return json.loads(path.read_text()) if path.is_file() else []
+
+
+def ops_table(records: Sequence[Record]) -> str:
+  """Returns the products of each shape as fractions of a dense product."""
+  records = [
+    r
+    for r in records
+    if r["implementation"] == "mosaic" and r["routing"] == "random"
+  ]
+  ops = list(dict.fromkeys(r["op"] for r in records))
+  cells = {(r["shape"], r["op"]): f"{r['of_dense']:.2f}" for r in records}
+  shapes = list(dict.fromkeys(r["shape"] for r in records))
+  rows = [
+    [shape, *(cells.get((shape, op), "") for op in ops)] for shape in shapes
+  ]
+  return _table(["of a dense `jnp.dot`", *ops], rows)
+
+
+def decode_table(records: Sequence[Record]) -> str:
+  """Returns small batches as fractions of reading the touched weights once."""
+  rows = [
+    [r["shape"], f"{r['ms_median']:.3f} ms", f"{r['of_bytes_bound']:.2f}"]
+    for r in records
+  ]
+  return _table(["forward of a layer", "time", "of the bytes bound"], rows)
+
+
+def cpu_table(records: Sequence[Record]) -> str:
+  """Returns the plain backend beside `jax.lax.ragged_dot`."""
+  rows = [
+    [
+      f"{r['direction']}, {r['groups']} groups",
+      f"{r['times_faster']:.1f}",
+      f"1/{1 / r['temp_ratio']:.0f}",
+    ]
+    for r in records
+  ]
+  return _table(["on a CPU", "times faster", "of its temporary memory"], rows)
+
+
+def speed_section() -> str:
+  """Returns the README's section on speed, from the records there are."""
+  parts = []
+  for device, bench, table in (
+    ("h200", "bench_ops", ops_table),
+    ("h200", "bench_decode", decode_table),
+    ("cpu", "bench_cpu", cpu_table),
+  ):
+    records = load(device, bench)
+    if records:
+      parts += [table(records), _made_by(records)]
+  return "\n\n".join(parts) or "No record yet."
+
+
+def _made_by(records: Sequence[Record]) -> str:
+  first = records[0]
+  commands = dict.fromkeys(r["command"] for r in records)
+  made = " and ".join(f"`{command}`" for command in commands)
+  return f"{first['device']}, JAX {first['jax']}, {first['date']}: {made}."
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_readme(path: pathlib.Path = _ROOT / "README.md") -> None:
+  """Writes the section between the README's markers."""
+  text = path.read_text()
+  before, rest = text.split(_BEGIN)
+  _, after = rest.split(_END)
+  path.write_text(f"{before}{_BEGIN}\n{speed_section()}\n{_END}{after}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Prints the section, or writes it into the README."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--readme", action="store_true")
+  if parser.parse_args(arguments).readme:
+    write_readme()
+  else:
+    print(speed_section())
+
+
+if __name__ == "__main__":
+  main()
