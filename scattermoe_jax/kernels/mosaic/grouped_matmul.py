@@ -26,12 +26,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from scattermoe_jax._compat import output_struct
+from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic.gather import RowCopies
 from scattermoe_jax.kernels.schedule import (
-  WindowSchedule,
   max_windows,
   window_schedule,
 )
@@ -140,7 +139,9 @@ def multiply(
     plan: the launch.
   """
   config, stages = plan.config, plan.config.num_stages
-  windows = schedule(routing, plan)
+  *tiles_of_rows, num_windows = window_schedule(
+    routing.group_sizes, plan.num_rows, config.block_m, ALIGN
+  )
   steps_k = plan.d_in // config.block_k
   rows = RowCopies(plan.d_in)
   arrivals = plan.halves + (1 if plan.grouped_in else rows.arrivals)
@@ -348,11 +349,7 @@ def multiply(
       lax.fori_loop(0, mine, multiply_tile, (jnp.int32(0), entry(0)))
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  operands = epilogue.operands(plan)
-  out_types = [
-    output_struct(out.shape, out.dtype, x, w, routing, operands)
-    for out in epilogue.out_types(plan)
-  ]
+  operands, out_types = epilogue.operands(plan), epilogue.out_types(plan)
   w_stage = (config.block_k, plan.part_n)
   kernel = plgpu.kernel(
     body,
@@ -387,15 +384,9 @@ def multiply(
     ),
   )
   ids = input_rows(routing, x.shape[0], grouped=plan.grouped_in)
-  *tiles, num_tiles = windows
-  return kernel(x, w, ids, *tiles, num_tiles[None], *operands)
-
-
-def schedule(routing: Routing, plan: Plan) -> WindowSchedule:
-  """Returns the row tiles of a launch."""
-  return window_schedule(
-    routing.group_sizes, plan.num_rows, plan.config.block_m, ALIGN
-  )
+  outs = kernel(x, w, ids, *tiles_of_rows, num_windows[None], *operands)
+  # plgpu.kernel forgets over which mesh axes its results differ.
+  return vary_over(outs, varying_axes(x, w, routing, operands))
 
 
 def _w_slice(plan: Plan, expert, column, index_n, half: int):

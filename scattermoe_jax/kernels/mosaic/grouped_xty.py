@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from scattermoe_jax._compat import current_device, output_struct
+from scattermoe_jax._compat import current_device, vary_over, varying_axes
 from scattermoe_jax.kernels import tuning
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Problem
@@ -84,8 +84,10 @@ def group_xty(
     (operand, input_rows(routing, operand.shape[0], grouped=False))
     for operand in ((y, x) if plan.transposed else (x, y))
   ]
-  out = output_struct(shape, x.dtype, x, y, routing)
-  return _kernel(plan, out, ops)(*sides, ordered_groups(routing))
+  out = jax.ShapeDtypeStruct(shape, x.dtype)
+  dw = _kernel(plan, out, ops)(*sides, ordered_groups(routing))
+  # plgpu.kernel forgets over which mesh axes its result differs.
+  return vary_over(dw, varying_axes(x, y, routing))
 
 
 def _tuned(x, y, routing, x_grouped: bool, y_grouped: bool) -> TileConfig:
