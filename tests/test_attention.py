@@ -301,6 +301,7 @@ def test_benchmark_checks_and_times_a_tiny_layer(capsys):
   assert capsys.readouterr().out.count("TFLOP/s") == 6
 
 
+@pytest.mark.slow
 def test_benchmark_notices_a_wrong_layer(monkeypatch):
   once = bench_attention.ungroup
   monkeypatch.setattr(bench_attention, "ungroup", lambda *a: 2 * once(*a))
