@@ -120,7 +120,7 @@ def test_placement_says_what_a_mesh_lacks():
     (8, {"num_experts": 7}, "num_experts = 7 is not a multiple of expert=2"),
     (8, {"d_model": 15}, "d_model = 15 is not a multiple of fsdp=2"),
     (8, {"d_expert": 9}, "d_expert = 9 is not a multiple of tensor=2"),
-    (8, {"attention": "moa", "num_heads": 4}, "runs on one device"),
+    (8, {"attention": "moa", "attention_top_k": 1}, "runs on one device"),
   ],
 )
 def test_placement_says_what_it_cannot_split(batch_size, fields, message):
