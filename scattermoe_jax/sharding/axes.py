@@ -113,7 +113,7 @@ def axes_of(axes: MeshAxes, mesh: Any) -> MeshAxes:
         f"sharding: {name!r} is an axis of a jax.shard_map around this call; "
         "inside one, call the ops themselves."
       )
-  several = {
+  several: dict[str, Any] = {
     role: tuple(n for n in getattr(axes, role) if mesh.shape[n] > 1)
     for role in _ROLES
   }

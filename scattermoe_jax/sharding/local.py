@@ -29,7 +29,7 @@ def own_parts_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
   return primitive.name != "all_gather" and params.get("name") != GATHERED
 
 
-def gather(array: Array, names: Axes, axis: int) -> Array:
+def gather(array: Array, names: str | Axes, axis: int) -> Array:
   """Returns the parts of all devices along `names`, joined along `axis`.
 
   The transpose is a reduce-scatter.

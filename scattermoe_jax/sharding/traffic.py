@@ -86,7 +86,7 @@ def bytes_received(
   reduced = 2 * (tensor - 1) / tensor
   if exchange == "all_gather":
     there = back = (expert - 1) * vectors
-    numbers = expert - 1
+    numbers = float(expert - 1)
   else:
     there = back = layer.top_k * vectors * (expert - 1) / expert
     numbers = (expert - 1) / expert
