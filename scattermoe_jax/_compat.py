@@ -115,7 +115,8 @@ def vary_over(tree: Any, axes: frozenset[str]) -> Any:
       return array
     if hasattr(jax.lax, "pcast"):
       return jax.lax.pcast(array, missing, to="varying")
-    return jax.lax.pvary(array, missing)  # before JAX 0.9
+    pvary = getattr(jax.lax, "pvary")  # noqa: B009 - gone from newer JAX
+    return pvary(array, missing)
 
   return jax.tree.map(mark, tree)
 
@@ -132,7 +133,8 @@ def output_struct(shape, dtype, *operands: Any) -> jax.ShapeDtypeStruct:
   if hasattr(jax.sharding, "ManualAxisType"):
     kind = jax.sharding.ManualAxisType(varying=axes)
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
-  return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+  options: dict[str, Any] = {"vma": axes}  # before JAX 0.11
+  return jax.ShapeDtypeStruct(shape, dtype, **options)
 
 
 def has_pallas_triton() -> bool:

@@ -3,9 +3,9 @@
   tuned_config = nearest entry of the table for this compute capability,
                  else the heuristic.
 
-Tables are package data, `tables/sm<major><minor>.json`, written by
-`python -m benchmarks.tune`; each entry is one problem as it was measured and
-the tiles that were fastest. All of this is plain Python on plain values.
+Tables are package data, `tables/sm<major><minor>.json`: each entry is one
+problem as it was measured and the tiles that were fastest. None ships yet. All
+of this is plain Python on plain values.
 """
 
 import dataclasses
@@ -139,7 +139,7 @@ def table_name(capability: tuple[int, int]) -> str:
 
 
 def entry_from_json(record: dict[str, Any]) -> Entry:
-  """Returns the entry that `benchmarks.tune` wrote as `record`."""
+  """Returns the entry that a table holds as `record`."""
   return Entry(
     record["op"],
     record["rows_per_expert"],

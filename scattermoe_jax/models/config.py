@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from scattermoe_jax.nn import ACTIVATIONS, RopeScaling
+from scattermoe_jax.nn.router import Scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ModelConfig:
   head_dim: int = 32
   attention_experts: int = 12
   attention_top_k: int = 3
-  attention_scoring: str = "top_k_softmax"
+  attention_scoring: Scoring = "top_k_softmax"
   attention_bias: bool = False  # On all four projections: gpt-oss.
   attention_sinks: bool = False  # A learned logit that takes weight: gpt-oss.
   attention_scale: float | None = None  # None: head_dim**-0.5. Granite sets it.
@@ -64,7 +65,7 @@ class ModelConfig:
 
   # Router: "top_k_softmax" (Granite, JetMoE, gpt-oss), "softmax_top_k" (OLMoE),
   # "softmax_top_k_renormalized" (Mixtral, Qwen3), "sigmoid" (DeepSeek-V3).
-  scoring: str = "top_k_softmax"
+  scoring: Scoring = "top_k_softmax"
   router_bias: bool = False  # gpt-oss.
   router_jitter: float = 0.0  # Mixtral, in training.
   num_groups: int = 1  # DeepSeek-V3 chooses top_groups of num_groups first.

@@ -129,13 +129,13 @@ def manual_names(mesh: Any) -> frozenset[str]:
   )
 
 
-def num_devices(names: Axes, mesh: Any) -> int:
+def num_devices(names: str | Axes, mesh: Any) -> int:
   """Returns the devices along the axes `names`; 1 for none."""
   return math.prod(mesh.shape[name] for name in names)
 
 
 def check_divides(
-  function: str, what: str, size: int, names: Axes, mesh: Any
+  function: str, what: str, size: int, names: str | Axes, mesh: Any
 ) -> None:
   """Raises ValueError unless the axes `names` divide `size`."""
   devices = num_devices(names, mesh)

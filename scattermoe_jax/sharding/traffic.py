@@ -85,7 +85,7 @@ def bytes_received(
   summed = 2 * weights / fsdp * (data - 1) / data
   reduced = 2 * (tensor - 1) / tensor
   if exchange == "all_gather":
-    there = back = (expert - 1) * vectors
+    there = back = float((expert - 1) * vectors)
     numbers = float(expert - 1)
   else:
     there = back = layer.top_k * vectors * (expert - 1) / expert

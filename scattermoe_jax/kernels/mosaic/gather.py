@@ -36,8 +36,10 @@ class RowCopies(NamedTuple):
 
   width: int
 
-  # Arrivals on a stage's barrier that stand for its gathered rows.
-  arrivals = 1
+  @property
+  def arrivals(self) -> int:
+    """Arrivals on a stage's barrier that stand for its gathered rows."""
+    return 1
 
   def locate(self, ids, first, num_rows, block_rows: int) -> jax.Array:
     """Returns where this thread's chunks of `block_rows` rows begin.

@@ -229,7 +229,7 @@ def _load_tiles(plan, ops, queue, groups, left, right, scratch):
     draw(jnp.int32(i))
   zero, first = jnp.int32(0), tile(0)
   _, num_steps, *_ = lax.while_loop(
-    lambda carry: carry[2].index < plan.num_tiles,
+    lambda carry: carry[2].number < plan.num_tiles,
     load_tile,
     (zero, zero, first, row_ids(first, 0), tile(1)),
   )
@@ -331,7 +331,7 @@ def _multiply_tiles(plan, queue, groups, warpgroup, out, scratch):
 
   zero = jnp.int32(0)
   lax.while_loop(
-    lambda carry: carry[2].index < plan.num_tiles,
+    lambda carry: carry[2].number < plan.num_tiles,
     multiply_tile,
     (zero, zero, tile(0)),
   )

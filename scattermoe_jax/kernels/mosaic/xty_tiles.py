@@ -123,7 +123,7 @@ class Tile(NamedTuple):
   """One tile, as scalars in a kernel.
 
   Attributes:
-    index: its number; at least `Plan.num_tiles` if there are no more.
+    number: its number; at least `Plan.num_tiles` if there are no more.
     expert: its expert.
     left_col: its first column of left.
     right_col: its first column of right.
@@ -133,7 +133,7 @@ class Tile(NamedTuple):
     num_steps: steps of 64 rows.
   """
 
-  index: Int[Array, ""]
+  number: Int[Array, ""]
   expert: Int[Array, ""]
   left_col: Int[Array, ""]
   right_col: Int[Array, ""]
