@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.shapes import SHAPES
 from benchmarks.timing import RESULTS
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -37,7 +38,8 @@ def ops_table(records: Sequence[Record]) -> str:
   cells = {(r["shape"], r["op"]): f"{r['of_dense']:.2f}" for r in records}
   shapes = list(dict.fromkeys(r["shape"] for r in records))
   rows = [
-    [shape, *(cells.get((shape, op), "") for op in ops)] for shape in shapes
+    [_described(shape), *(cells.get((shape, op), "") for op in ops)]
+    for shape in shapes
   ]
   return _table(["of a dense `jnp.dot`", *ops], rows)
 
@@ -45,7 +47,7 @@ def ops_table(records: Sequence[Record]) -> str:
 def decode_table(records: Sequence[Record]) -> str:
   """Returns small batches as fractions of reading the touched weights once."""
   rows = [
-    [r["shape"], f"{r['ms_median']:.3f} ms", f"{r['of_bytes_bound']:.2f}"]
+    [_decoded(r), f"{r['ms_median']:.3f} ms", f"{r['of_bytes_bound']:.2f}"]
     for r in records
   ]
   return _table(["forward of a layer", "time", "of the bytes bound"], rows)
@@ -61,7 +63,20 @@ def cpu_table(records: Sequence[Record]) -> str:
     ]
     for r in records
   ]
-  return _table(["on a CPU", "times faster", "of its temporary memory"], rows)
+  return _table(
+    ["a CPU, against `ragged_dot`", "times faster", "of its memory"], rows
+  )
+
+
+def _described(name: str) -> str:
+  s = SHAPES[name]
+  sizes = f"T={s.num_tokens} d={s.d_model} n={s.d_expert}"
+  return f"{name}: {sizes} E={s.num_experts} k={s.top_k}"
+
+
+def _decoded(r: Record) -> str:
+  sizes = f"T={r['num_tokens']} d={r['d']} n={r['n']}"
+  return f"{sizes} E={r['num_experts']} k={r['top_k']}"
 
 
 def speed_section() -> str:
