@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from scattermoe_jax.checkpoints import writer
 from scattermoe_jax.models import ModelConfig, Transformer
 
 _SIZES = {
@@ -38,6 +39,7 @@ FAMILY_ENTRIES = {
     "num_experts": 5,
     "num_experts_per_tok": 2,
     "clip_qkv": 1.5,
+    "pad_token_id": None,  # torch gives the embedding of padding no gradient.
   },
   "qwen3_moe": {
     **_SIZES,
@@ -113,3 +115,14 @@ def random_variables(config: ModelConfig, dtype: str = "float32", seed=0):
       for path, leaf in flatten_dict(shapes).items()
     }
   )
+
+
+def stored(name, array):
+  return writer.TensorToWrite(name, array.dtype, array.shape, lambda: array)
+
+
+def write_some(directory, tensors, **options):
+  with writer.new_folder(directory) as partial:
+    writer.write_tensors(
+      partial, [stored(n, a) for n, a in tensors.items()], **options
+    )

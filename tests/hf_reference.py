@@ -28,6 +28,7 @@ def main(command, *arguments):
   warnings.simplefilter("ignore")
   transformers.logging.set_verbosity_error()
   transformers.logging.disable_progress_bar()
+  torch.set_num_threads(1)
   {"write": write, "logits": logits}[command](*map(Path, arguments))
 
 
@@ -98,6 +99,8 @@ def forward(model):
   for i, layer in enumerate(model.model.layers):
     block = getattr(layer, "block_sparse_moe", None) or layer.mlp
     block.register_forward_hook(record(f"ffn_{i}"))
+    if hasattr(layer, "shared_mlp"):
+      layer.shared_mlp.register_forward_hook(record(f"shared_{i}"))
   ids = input_ids(model.config.vocab_size)
   has_losses = model.config.model_type != "jetmoe"
   output = model(ids, labels=ids, output_router_logits=has_losses)
@@ -138,7 +141,10 @@ def write_deepseek_block(path):
     bias = mean + 0.2 * torch.randn((16,), generator=generator)
     block.gate.e_score_correction_bias.data[:] = bias
     with torch.no_grad():
-      arrays[f"bias_{mean}"], arrays[f"y_{mean}"] = bias.numpy(), block(x).numpy()
+      arrays[f"bias_{mean}"], arrays[f"y_{mean}"] = (
+        bias.numpy(),
+        block(x).numpy(),
+      )
   np.savez(path, **arrays)
 
 

@@ -6,6 +6,7 @@ Shapes and names are all checked before any weight is read or written.
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -129,6 +130,15 @@ def read_config(
   return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
 
+def read_family(directory: str | os.PathLike) -> str:
+  """Returns the family of a folder, its config.json's `model_type`.
+
+  Raises:
+    CheckpointError: if config.json is missing.
+  """
+  return str(read_entries(directory).get("model_type"))
+
+
 def save(
   directory: str | os.PathLike,
   config: ModelConfig,
@@ -190,13 +200,16 @@ def _to_write(
       fetched[path] = np.asarray(arrays[path])
     return fetched[path]
 
+  def view(path: str, piece: Piece) -> np.ndarray:
+    return piece.view(fetch(path))
+
   for path, pieces in plan.items():
     for piece in pieces:
       yield TensorToWrite(
         piece.theirs,
         np.dtype(arrays[path].dtype),
         piece.file_shape(tuple(arrays[path].shape)),
-        lambda path=path, piece=piece: piece.view(fetch(path)),
+        functools.partial(view, path, piece),
       )
 
 

@@ -82,7 +82,9 @@ def _split_experts(theirs: str, gate: str, up: str, down: str):
 def _fused_experts(theirs: str):
   """One tensor for all experts' rows [gate; up], one for their outputs."""
   return (
-    Name(f"{_EXPERTS}/w_gate_up", f"{theirs}.input_linear.weight", "transposed"),
+    Name(
+      f"{_EXPERTS}/w_gate_up", f"{theirs}.input_linear.weight", "transposed"
+    ),
     Name(f"{_EXPERTS}/w_out", f"{theirs}.output_linear.weight", "transposed"),
   )
 

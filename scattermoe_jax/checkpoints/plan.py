@@ -74,7 +74,9 @@ def _pieces(family: str, path: str, shape: tuple[int, ...]) -> list[Piece]:
   for expert in range(shape[0] if "{expert}" in names[0].theirs else 1):
     for name in names:
       split = "{expert}" in name.theirs
-      theirs = name.theirs.format(layer=layers[0] if layers else "", expert=expert)
+      theirs = name.theirs.format(
+        layer=layers[0] if layers else "", expert=expert
+      )
       pieces.append(
         Piece(theirs, name.layout, expert if split else None, name.is_mxfp4)
       )

@@ -128,8 +128,8 @@ def read_folder(directory: str | os.PathLike) -> dict[str, StoredTensor]:
     for name, tensor in read_header(path).items():
       if name in tensors:
         raise CheckpointError(
-          f"{path} holds tensor {name!r}, which {tensors[name].path.name} holds "
-          "as well."
+          f"{path} holds tensor {name!r}, which {tensors[name].path.name} "
+          "holds as well."
         )
       tensors[name] = tensor
   return tensors
@@ -139,7 +139,9 @@ def _read_shards(directory: Path, index: Path) -> dict[str, StoredTensor]:
   try:
     weight_map = dict(json.loads(index.read_text())["weight_map"])
   except (ValueError, KeyError, TypeError) as error:
-    raise CheckpointError(f"{index} is not an index of shards: {error}.") from None
+    raise CheckpointError(
+      f"{index} is not an index of shards: {error}."
+    ) from None
   headers = {}
   for name, file_name in weight_map.items():
     path = directory / file_name

@@ -142,4 +142,3 @@ def _check_free(directory: Path) -> None:
       f"{directory} already exists; name a folder that does not, so that "
       "nothing is overwritten."
     )
-

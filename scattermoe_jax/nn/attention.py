@@ -10,6 +10,9 @@ Attention needs the order of the tokens, so both projections read and write
 scattered rows, and one routing serves both.
 """
 
+import functools
+from typing import Any, cast
+
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
@@ -22,6 +25,7 @@ from scattermoe_jax.nn.attention_core import (
   attend,
   consecutive_positions,
 )
+from scattermoe_jax.nn.lora import adapted_linear_combine
 from scattermoe_jax.nn.parallel_linear import (
   ParallelLinear,
   default_kernel_init,
@@ -208,7 +212,7 @@ class MixtureOfAttention(nn.Module):
       use_bias=False,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
-      precision=self.precision,
+      precision=cast(Any, self.precision),
       kernel_init=self.key_value_kernel_init,
       name="key_value",
     )(x)
@@ -257,7 +261,13 @@ class _OutputProjection(nn.Module):
       self.param_dtype,
     )
     rows, kernel = promote_dtype(rows, kernel, dtype=self.dtype)
-    return linear_combine(
+    combine = linear_combine
+    if self.has_variable("params", "lora"):
+      adapters: dict[str, Any] = self.get_variable("params", "lora")
+      combine = functools.partial(
+        adapted_linear_combine, adapter=adapters.get("kernel")
+      )
+    return combine(
       rows,
       gates,
       routing,

@@ -7,12 +7,11 @@ tree of parameters, beside the weight they adapt, under "lora":
 
   params["layer_0"]["ffn"]["experts"]["lora"]["w_gate_up"]["a"]   (E, d, r)
 
-`SMoEMLP` and `ParallelLinear` use them where they are, so a model needs no
-change; a train step takes gradients of the adapters alone:
+The modules use them where they are, so a model needs no change; a train step
+takes gradients of the adapters alone:
 
   adapters = init_adapters(key, params, rank=8)
-  loss = lambda adapters: f(model.apply({"params": with_adapters(params,
-                                                                 adapters)}, x))
+  params_of = lambda adapters: with_adapters(params, adapters)
 
 The usual factor alpha / r is part of B.
 Source: LoRA (Hu et al., 2021, arXiv 2106.09685), section 4.1.
@@ -31,6 +30,7 @@ from jaxtyping import Array, Float
 from scattermoe_jax.ops import (
   Activation,
   combine,
+  linear_combine,
   parallel_linear,
 )
 from scattermoe_jax.ops.activations import get_activation
@@ -134,6 +134,7 @@ def adapted_smoe_mlp(
   bias_in: Float[Array, "E m"] | None = None,
   bias_out: Float[Array, "E d"] | None = None,
   activation: str | Activation = "silu",
+  num_chunks: int = 1,
   precision: lax.PrecisionLike = None,
   implementation: str | None = None,
 ) -> Float[Array, "T d"]:
@@ -153,9 +154,11 @@ def adapted_smoe_mlp(
     bias_in: see `smoe_mlp`, as the rest.
     bias_out: see there.
     activation: see there.
+    num_chunks: ignored; the expanded output is made at once.
     precision: see there.
     implementation: see there.
   """
+  del num_chunks
   linear = functools.partial(
     adapted_parallel_linear,
     grouped_out=True,
@@ -216,6 +219,38 @@ def adapted_parallel_linear(
     implementation=implementation,
   )
   return y + linear(xa, adapter["b"].astype(x.dtype), grouped_in=True)
+
+
+def adapted_linear_combine(
+  x: Float[Array, "S n"],
+  gates: Float[Array, "T k"],
+  routing: Routing,
+  w: Float[Array, "E n d"],
+  *,
+  adapter: Tree | None,
+  precision: lax.PrecisionLike = None,
+  implementation: str | None = None,
+) -> Float[Array, "T d"]:
+  """Returns sum_j gates_j (x_j W_e + (x_j A_e) B_e), e the expert of choice j.
+
+  Args:
+    x: see `linear_combine`, as all but the adapter.
+    gates: see there.
+    routing: see there.
+    w: see there.
+    adapter: "a" (E, n, r) and "b" (E, r, d), or None.
+    precision: see there.
+    implementation: see there.
+  """
+  options: dict[str, Any] = dict(
+    precision=precision, implementation=implementation
+  )
+  y = linear_combine(x, gates, routing, w, **options)
+  if adapter is None:
+    return y
+  a, b = (adapter[name].astype(x.dtype) for name in "ab")
+  xa = parallel_linear(x, a, routing, **options)
+  return y + linear_combine(xa, gates, routing, b, **options)
 
 
 def _pairs(adapters: Tree) -> dict[tuple[str, ...], tuple[Array, Array]]:

@@ -1,6 +1,7 @@
 """The sparse Mixture-of-Experts MLP: experts alone, and with their router."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scattermoe_jax import sharding
 from scattermoe_jax.nn.dense_mlp import DenseMLP
+from scattermoe_jax.nn.lora import adapted_smoe_mlp
 from scattermoe_jax.nn.parallel_linear import default_kernel_init
 from scattermoe_jax.nn.partitioning import named, with_gate_axis
 from scattermoe_jax.nn.router import (
@@ -105,7 +107,7 @@ class SMoEMLP(nn.Module):
     x, *weights = promote_dtype(x, *self._weights(d), dtype=self.dtype)
     w_in, w_out, bias_in, bias_out = weights
     rows = x.reshape(-1, d), gates.reshape(-1, top_k)
-    options = dict(
+    options: dict[str, Any] = dict(
       bias_in=bias_in,
       bias_out=bias_out,
       activation=self.activation,
@@ -116,6 +118,11 @@ class SMoEMLP(nn.Module):
     if not isinstance(expert_ids, Routing):
       expert_ids = expert_ids.reshape(-1, top_k)
     if self.mesh_axes is not None:
+      if self.has_variable("params", "lora"):
+        raise ValueError(
+          "SMoEMLP: weights under mesh_axes cannot have adapters; merge them "
+          "first (scattermoe_jax.nn.lora.merge)."
+        )
       if isinstance(expert_ids, Routing):
         # Each device makes its own routing, of the experts it has.
         expert_ids = expert_ids.expert_ids[expert_ids.grouped_ids]
@@ -125,13 +132,25 @@ class SMoEMLP(nn.Module):
     else:
       if not isinstance(expert_ids, Routing):
         expert_ids = route(expert_ids, self.num_experts)
-      y = smoe_mlp(*rows, expert_ids, w_in, w_out, **options)
+      y = self._with_adapters()(*rows, expert_ids, w_in, w_out, **options)
     return y.reshape(x.shape)
+
+  def _with_adapters(self):
+    """Returns `smoe_mlp`, or its form for weights that have adapters."""
+    if not self.has_variable("params", "lora"):
+      return smoe_mlp
+    adapters: dict[str, Any] = self.get_variable("params", "lora")
+    return functools.partial(
+      adapted_smoe_mlp,
+      adapter_in=adapters.get("w_gate_up" if self.gated else "w_in"),
+      adapter_out=adapters.get("w_out"),
+    )
 
   def _weights(self, d: int):
     """Returns w_in, w_out, bias_in and bias_out (None without biases)."""
     axes, num_experts, n = self.mesh_axes, self.num_experts, self.d_expert
-    hidden, gate_name = (n,), ()
+    hidden: tuple[int, ...] = (n,)
+    gate_name: tuple[None, ...] = ()
     in_init, bias_in_init = self.kernel_init, self.bias_init
     if self.gated and axes is None:
       hidden = (2 * n,)
@@ -315,7 +334,7 @@ class SMoEBlock(nn.Module):
     return y.reshape(x.shape), metrics
 
   def _shared(self, rows):
-    dense_fields = dict(
+    dense_fields: dict[str, Any] = dict(
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       precision=self.precision,

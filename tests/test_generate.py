@@ -1,0 +1,135 @@
+"""The program that continues a prompt, on tiny folders of weights."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scattermoe_jax import checkpoints
+from scattermoe_jax.checkpoints.config_json import config_from_entries
+from scattermoe_jax.models import ModelConfig, Transformer, generate
+from scattermoe_jax.nn import lora
+from tests.families import FAMILY_ENTRIES, random_variables
+
+TINY = dict(num_layers=1, d_model=16, head_dim=8, d_expert=16)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+  """A folder without a tokenizer, whose window is shorter than the text."""
+  config = config_from_entries(FAMILY_ENTRIES["mixtral"], "config.json")
+  directory = tmp_path_factory.mktemp("generate") / "mixtral"
+  variables = random_variables(config)
+  checkpoints.save(directory, config, variables, family="mixtral")
+  return directory, config, variables
+
+
+def run(capsys, *arguments):
+  code = generate.main([str(a) for a in arguments])
+  printed = capsys.readouterr()
+  return code, printed.out, printed.err
+
+
+def test_greedy_tokens_are_those_of_the_full_pass(mixtral, capsys):
+  directory, config, variables = mixtral
+  code, out, err = run(
+    capsys, "--checkpoint", directory, "--prompt", "3 1 4 1 5",
+    "--temperature", 0, "--max-tokens", 6,
+  )  # fmt: skip
+  assert code == 0, err
+  ids = [int(word) for word in out.split()]
+  assert ids[:5] == [3, 1, 4, 1, 5] and len(ids) == 11
+  logits = Transformer(config).apply(variables, jnp.asarray([ids])).logits[0]
+  assert ids[5:] == np.argmax(logits[4:-1], axis=-1).tolist()
+  assert "MiB" in err and "6 tokens; prompt of 5 in" in err
+  assert "tokens/s" in err
+
+
+def test_seeds_decide_and_end_ids_stop(mixtral):
+  _, config, variables = mixtral
+  model = Transformer(config)
+
+  def tokens(**options):
+    generated = generate.generate(
+      model, variables, [3, 1], max_tokens=8, **options
+    )
+    return [step.token for step in generated]
+
+  first = tokens(seed=0)
+  assert len(first) == 8
+  assert first == tokens(seed=0)
+  assert first != tokens(seed=1)
+  greedy = tokens(temperature=0.0)
+  assert greedy == tokens(top_p=1e-6)
+  end = greedy[3]
+  stopped = tokens(temperature=0.0, end_ids=frozenset([end]))
+  assert stopped == greedy[: greedy.index(end) + 1]
+
+
+def test_a_folder_with_a_tokenizer_takes_text(mixtral, tmp_path, capsys):
+  tokenizers = pytest.importorskip("tokenizers")
+  source, config, variables = mixtral
+  directory = tmp_path / "m"
+  checkpoints.save(directory, config, variables, like=source)
+  words = {f"w{i}": i for i in range(config.vocab_size)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.save(str(directory / "tokenizer.json"))
+  arguments = ("--temperature", 0, "--max-tokens", 2)
+  _, ids, _ = run(capsys, "--checkpoint", source, "--prompt", "3 1", *arguments)
+  code, text, err = run(
+    capsys, "--checkpoint", directory, "--prompt", "w3 w1", *arguments
+  )
+  assert code == 0, err
+  assert text.split() == [f"w{i}" for i in ids.split()]
+
+
+def test_without_a_folder_the_newest_run_is_taken(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  code, _, err = run(capsys)
+  assert code == 2
+  assert "no trained model under runs/: train one with" in err
+  config = ModelConfig(**TINY)
+  checkpoints.save(
+    tmp_path / "runs" / "a" / "export", config, random_variables(config)
+  )
+  code, out, err = run(capsys, "--prompt", "Käse", "--max-tokens", 3)
+  assert code == 0, err
+  assert out.startswith("Käse")
+
+
+def test_adapters_are_merged(mixtral, tmp_path, capsys):
+  directory, _, variables = mixtral
+  adapters = lora.init_adapters(jax.random.key(0), variables["params"], rank=2)
+  checkpoints.save_adapters(tmp_path / "a", adapters, family="mixtral")
+  arguments = (
+    "--checkpoint", directory, "--prompt", "3 1", "--max-tokens", 3,
+    "--temperature", 0,
+  )  # fmt: skip
+  _, plain, _ = run(capsys, *arguments)
+  code, adapted, err = run(capsys, *arguments, "--adapters", tmp_path / "a")
+  assert code == 0, err
+  assert adapted == plain  # B is still zero.
+
+
+def test_what_cannot_be_done_is_said_in_one_line(mixtral, tmp_path, capsys):
+  directory, _, _ = mixtral
+  for arguments, message in (
+    (("--prompt", "hello"), "has no tokenizer.json; give token ids"),
+    (("--prompt", "3 97"), r"token ids [97] lie outside the vocabulary of 97"),
+    (("--prompt", " "), "give at least one token"),
+  ):
+    code, _, err = run(capsys, "--checkpoint", directory, *arguments)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt5"}))
+  code, _, err = run(capsys, "--checkpoint", tmp_path, "--prompt", "1")
+  assert code == 2
+  assert "model_type 'gpt5' is not known" in err
+  with pytest.raises(SystemExit):
+    generate.main(["--top-p", "0"])
+  assert "--top-p must be above 0" in capsys.readouterr().err

@@ -1,0 +1,274 @@
+"""Adapters of experts: the same as merged weights, and PEFT's folders."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from scattermoe_jax import checkpoints, route, smoe_mlp
+from scattermoe_jax.checkpoints import reader
+from scattermoe_jax.checkpoints.config_json import config_from_entries
+from scattermoe_jax.models import ModelConfig, Transformer
+from scattermoe_jax.nn import lora
+from tests import oracle
+from tests.accuracy import assert_accurate
+from tests.conftest import enable_x64
+from tests.families import FAMILY_ENTRIES, random_variables
+
+T, D, N, E, K, R = 13, 10, 12, 5, 2, 3
+RANDOM = np.random.default_rng(0)
+
+
+def normal(*shape):
+  return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
+
+
+def pair(d_in, d_out, rank=R):
+  return {"a": normal(E, d_in, rank), "b": normal(E, rank, d_out)}
+
+
+def some_adapters(params, rank=R, **options):
+  """Adapters with a B that is not zero."""
+  adapters = lora.init_adapters(jax.random.key(0), params, rank=rank, **options)
+  return jax.tree.map(lambda x: x + 0.1 * normal(*x.shape), adapters)
+
+
+@pytest.mark.parametrize("activation", ["silu", "clamped_swiglu", "relu2"])
+def test_adapted_experts_equal_merged_ones(activation):
+  width = N if activation == "relu2" else 2 * N
+  x, gates = normal(T, D), normal(T, K)
+  # The last tokens are padding: 'not here'.
+  expert_ids = np.sort(
+    RANDOM.permuted(np.tile(np.arange(E), (T, 1)), axis=1)[:, :K]
+  )
+  expert_ids[-2:] = E
+  weights = {"w_in": normal(E, D, width), "w_out": normal(E, N, D)}
+  biases = {"bias_in": normal(E, width), "bias_out": normal(E, D)}
+  adapters = {"w_in": pair(D, width), "w_out": pair(N, D)}
+  routing = route(jnp.asarray(expert_ids, jnp.int32), E)
+
+  def adapted(x, gates, adapters):
+    return lora.adapted_smoe_mlp(
+      x, gates, routing, **weights, **biases, activation=activation,
+      adapter_in=adapters["w_in"], adapter_out=adapters["w_out"],
+    )  # fmt: skip
+
+  def merged(x, gates, adapters):
+    full = {
+      name: w
+      + jnp.einsum("edr,ern->edn", adapters[name]["a"], adapters[name]["b"])
+      for name, w in weights.items()
+    }
+    return smoe_mlp(x, gates, routing, **full, **biases, activation=activation)
+
+  full = {
+    name: oracle.f64(w)
+    + oracle.f64(adapters[name]["a"]) @ oracle.f64(adapters[name]["b"])
+    for name, w in weights.items()
+  }
+  expected = oracle.smoe_mlp(
+    x, gates, expert_ids, **full, **biases, activation=activation
+  )
+  arguments = (x, gates, adapters)
+  assert_accurate(adapted(*arguments), expected, merged(*arguments))
+
+  weight = normal(T, D)
+  loss = lambda f: lambda *args: (f(*args) * weight).sum()
+  with enable_x64():
+    wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), arguments)
+    weights, biases, weight = jax.tree.map(
+      lambda a: jnp.asarray(a, jnp.float64), (weights, biases, weight)
+    )
+    got, expected = (
+      jax.jit(jax.grad(loss(f), argnums=(0, 1, 2)))(*wide)
+      for f in (adapted, merged)
+    )
+  for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+    assert np.max(np.abs(a - b)) <= 1e-12 * np.max(np.abs(b))
+
+
+@pytest.mark.parametrize("attention", ["mha", "moa"])
+def test_a_model_with_adapters_equals_the_merged_model(attention):
+  config = ModelConfig(
+    num_layers=1, attention=attention, num_kv_heads=2, attention_top_k=2
+  )
+  params = random_variables(config)["params"]
+  targets = (*lora.EXPERT_WEIGHTS, "kernel")
+  adapters = some_adapters(params, targets=targets)
+  names = {path[-2] for path in flatten_dict(adapters)}
+  assert names == {"w_gate_up", "w_out"} | (
+    {"kernel"} if attention == "moa" else set()
+  )
+  input_ids = jnp.asarray(RANDOM.integers(0, 256, (2, 7)), jnp.int32)
+  logits = lambda params: (
+    Transformer(config).apply({"params": params}, input_ids).logits
+  )
+  adapted = logits(lora.with_adapters(params, adapters))
+  merged, _ = lora.merge(params, adapters)
+  scale = np.max(np.abs(adapted))
+  assert np.max(np.abs(adapted - logits(merged))) <= 1e-5 * scale
+  assert np.max(np.abs(adapted - logits(params))) > 0.05 * scale
+  # Adapters as they begin change nothing.
+  fresh = lora.init_adapters(jax.random.key(0), params, rank=R, targets=targets)
+  unchanged = logits(lora.with_adapters(params, fresh))
+  assert np.max(np.abs(unchanged - logits(params))) <= 1e-5 * scale
+
+
+def test_only_adapters_learn():
+  config = ModelConfig(num_layers=1)
+  params = random_variables(config)["params"]
+  adapters = some_adapters(params)
+  input_ids = jnp.asarray(RANDOM.integers(0, 256, (2, 7)), jnp.int32)
+
+  def loss(params, adapters):
+    variables = {"params": lora.with_adapters(params, adapters)}
+    return Transformer(config).apply(variables, input_ids).logits.var()
+
+  grads, adapter_grads = jax.jit(jax.grad(loss, (0, 1)))(params, adapters)
+  assert all((g == 0).all() for g in jax.tree.leaves(grads))
+  assert all((g != 0).any() for g in jax.tree.leaves(adapter_grads))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [0.3, 1e4])
+def test_unmerge_gives_back_every_bit(dtype, size):
+  params = {
+    "experts": {"w_out": normal(E, N, D).astype(dtype)},
+    "other": normal(3),
+  }
+  adapters = lora.init_adapters(jax.random.key(0), params, rank=R)
+  adapters = jax.tree.map(
+    lambda x: jnp.asarray(size * normal(*x.shape), x.dtype), adapters
+  )
+  merged, remainder = lora.merge(params, adapters)
+  a, b = (
+    oracle.f64(adapters["experts"]["lora"]["w_out"][name]) for name in "ab"
+  )
+  w = params["experts"]["w_out"]
+  assert_accurate(merged["experts"]["w_out"], oracle.f64(w) + a @ b, None)
+  assert (merged["experts"]["w_out"] != w).any()
+  back = lora.unmerge(merged, remainder)
+  np.testing.assert_array_equal(
+    np.asarray(back["experts"]["w_out"]).view(np.uint8),
+    np.asarray(w).view(np.uint8),
+  )
+  assert back["other"] is params["other"]
+
+
+def test_what_cannot_be_adapted_is_said():
+  params = random_variables(ModelConfig(num_layers=1))["params"]
+  with pytest.raises(ValueError, match="no expert weight named"):
+    lora.init_adapters(jax.random.key(0), params, rank=2, targets=["w9"])
+  with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+    lora.init_adapters(jax.random.key(0), params, rank=0)
+
+
+# PEFT's folders
+
+
+def family_params(family, dtype="float32"):
+  config = config_from_entries(FAMILY_ENTRIES[family], "config.json")
+  return random_variables(config, dtype)["params"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe", None])
+def test_adapters_survive_their_folder(family, tmp_path):
+  params = family_params(family or "jetmoe")
+  adapters = some_adapters(params)
+  checkpoints.save_adapters(tmp_path / "a", adapters, family=family, base="x")
+  again = checkpoints.load_adapters(tmp_path / "a", params, family=family)
+  assert jax.tree.structure(again) == jax.tree.structure(adapters)
+  jax.tree.map(np.testing.assert_array_equal, again, adapters)
+
+
+def test_the_files_are_pefts(tmp_path):
+  params = family_params("mixtral")
+  adapters = some_adapters(params)
+  checkpoints.save_adapters(
+    tmp_path / "a", adapters, family="mixtral", base="x"
+  )
+  tensors = reader.read_header(tmp_path / "a" / "adapter_model.safetensors")
+  assert len(tensors) == 2 * 5 * 3 * 2  # layers, experts, matrices, A and B
+  pair = adapters["layer_1"]["ffn"]["experts"]["lora"]["w_gate_up"]
+  expert = "base_model.model.model.layers.1.block_sparse_moe.experts.3"
+  for name, expected in {
+    "w1.lora_A": pair["a"][3].T,
+    "w3.lora_A": pair["a"][3].T,
+    "w1.lora_B": pair["b"][3, :, :24].T,
+    "w3.lora_B": pair["b"][3, :, 24:].T,
+  }.items():
+    got = tensors[f"{expert}.{name}.weight"].read()
+    np.testing.assert_array_equal(got, expected, err_msg=name)
+  entries = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+  assert (entries["r"], entries["lora_alpha"]) == (R, R)
+  assert entries["base_model_name_or_path"] == "x"
+
+
+def test_factors_of_other_programs_are_understood(tmp_path):
+  """Gate and up with an A each, some experts alone, and a scale."""
+  params = family_params("mixtral")
+  adapters = some_adapters(params)
+  checkpoints.save_adapters(tmp_path / "a", adapters, family="mixtral")
+  path = tmp_path / "a" / "adapter_model.safetensors"
+  tensors = {n: t.read() for n, t in reader.read_header(path).items()}
+  prefix = "base_model.model.model.layers.0.block_sparse_moe.experts."
+  a_up = np.asarray(normal(R, 32))
+  tensors[f"{prefix}1.w3.lora_A.weight"] = a_up
+  for letter in "AB":
+    del tensors[f"{prefix}2.w2.lora_{letter}.weight"]
+  from scattermoe_jax.checkpoints import writer
+
+  writer.write_file(
+    path,
+    [
+      writer.TensorToWrite(n, x.dtype, x.shape, lambda x=x: x)
+      for n, x in tensors.items()
+    ],
+  )
+  config = tmp_path / "a" / "adapter_config.json"
+  entries = json.loads(config.read_text()) | {"lora_alpha": 2 * R}
+  config.write_text(json.dumps(entries))
+  loaded = checkpoints.load_adapters(tmp_path / "a", params, family="mixtral")
+  ours = adapters["layer_0"]["ffn"]["experts"]["lora"]
+  got = loaded["layer_0"]["ffn"]["experts"]["lora"]
+  delta = lambda pair: 2 * np.asarray(pair["a"] @ pair["b"])
+  expected = delta(ours["w_gate_up"])
+  expected[1, :, 24:] = (
+    2 * a_up.T @ np.asarray(ours["w_gate_up"]["b"])[1, :, 24:]
+  )
+  close = dict(rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(delta(got["w_gate_up"]) / 2, expected, **close)
+  expected = delta(ours["w_out"])
+  expected[2] = 0
+  np.testing.assert_allclose(delta(got["w_out"]) / 2, expected, **close)
+  # The other layer, which has one A, keeps its rank.
+  assert (
+    loaded["layer_1"]["ffn"]["experts"]["lora"]["w_gate_up"]["a"].shape[2] == R
+  )
+
+
+def test_adapter_folders_that_do_not_fit_are_refused(tmp_path):
+  params = family_params("mixtral")
+  adapters = some_adapters(params)
+  folder = tmp_path / "a"
+  checkpoints.save_adapters(folder, adapters, family="mixtral")
+  other = {**params, "layer_1": family_params("qwen3_moe")["layer_1"]}
+  with pytest.raises(
+    checkpoints.CheckpointError, match="holds tensor .*adapts no expert weight"
+  ):
+    checkpoints.load_adapters(folder, other, family="mixtral")
+  entries = json.loads((folder / "adapter_config.json").read_text())
+  for change, message in (
+    ({"use_dora": True}, "use_dora = True is not supported"),
+    ({"peft_type": "IA3"}, "'IA3' is not supported"),
+  ):
+    (folder / "adapter_config.json").write_text(json.dumps(entries | change))
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+      checkpoints.load_adapters(folder, params, family="mixtral")
+  with pytest.raises(checkpoints.CheckpointError, match="family=None"):
+    checkpoints.save_adapters(tmp_path / "b", adapters, family="gpt_oss")
+  with pytest.raises(checkpoints.CheckpointError, match="already exists"):
+    checkpoints.save_adapters(folder, adapters, family="mixtral")
