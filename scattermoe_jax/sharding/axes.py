@@ -72,7 +72,7 @@ class MeshAxes:
     return (*self.tokens, *self.tensor)
 
   @property
-  def rules(self) -> tuple[tuple[str, Axes | None], ...]:
+  def rules(self) -> tuple[tuple[str, str | Axes | None], ...]:
     """What the modules' logical axis names mean, as Flax's rules say it."""
     return (
       ("batch", self.tokens or None),

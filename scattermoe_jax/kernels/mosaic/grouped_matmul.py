@@ -263,7 +263,7 @@ def multiply(
             (x_smem.at[slot], w_smem.at[slot, 0]),
             full.at[slot],
           )
-          for _ in range(arrivals - copies):
+          for _missing in range(arrivals - copies):
             plgpu.barrier_arrive(full.at[slot])
           return step + 1
 
