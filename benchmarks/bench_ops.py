@@ -1,7 +1,7 @@
 """How close is each grouped product to a dense product of the same FLOPs?
 
   python -m benchmarks.bench_ops [--shapes L S] [--routings random zipf even]
-      [--implementations mosaic triton xla] [--write]
+      [--implementations mosaic triton xla] [--ops up dw_up] [--write]
 
 Six products of a SwiGLU layer, forward and backward, in bfloat16 on normal
 data, for random, Zipf-skewed and even routing, schedule included:
@@ -16,14 +16,16 @@ data, for random, Zipf-skewed and even routing, schedule included:
 `of_dense` is the time of `jnp.dot` of the same FLOPs, with the operands dense
 and the same contraction, over the product's; `of_bytes_bound` the time of
 moving every operand and the result once, at the bandwidth of a copy, over it.
-All in one run, in turns. A product is compared with float32 on some of its rows
-(or experts) before its time is printed. Operands are left in cache only where
-they are smaller than it: here they are not.
+All in one run, in turns, of programs that were compiled beforehand. Before any
+time is taken, products are compared with float32: rows where one group meets
+the next, or 64 rows of the weight gradients of three experts. Operands are left
+in cache only where they are smaller than it: here they are not.
 """
 
-import argparse
 import functools
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,15 +33,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import baselines, timing
-from benchmarks.shapes import ROUTINGS, SHAPES, Shape, expert_ids, normal
+from benchmarks import baselines, command, timing
+from benchmarks.compiling import Job, abstract, compile_together
+from benchmarks.shapes import ROUTINGS, Shape, expert_ids, normal_array
 from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels import Problem, choose_backend
 from scattermoe_jax.routing import Routing, input_rows, route
 from tests.accuracy import assert_accurate
 
 OPS = ("up", "down", "dx_down", "dx_up", "dw_down", "dw_up")
+IMPLEMENTATIONS = ("mosaic", "triton", "xla")
+_KEY = ("shape", "op", "routing", "implementation")
 _CHECKED_ROWS = 64
+
+Data = dict[str, jax.Array]
 
 
 class Product(NamedTuple):
@@ -72,8 +79,11 @@ def products(shape: Shape) -> dict[str, Product]:
   return {product.op: product for product in rows}
 
 
-def arrays(shape: Shape) -> dict[str, jax.Array]:
-  """Returns the operands of all six, by name."""
+def arrays(shape: Shape) -> Data:
+  """Returns the operands of all six by name, and `rows`, (S, d) of a dense x.
+
+  All normal, each with a seed of its own.
+  """
   num_tokens, d, n = shape.num_tokens, shape.d_model, shape.d_expert
   rows, experts = shape.num_rows, shape.num_experts
   sizes = {
@@ -83,10 +93,17 @@ def arrays(shape: Shape) -> dict[str, jax.Array]:
     "dh": (rows, 2 * n),
     "w_in": (experts, d, 2 * n),
     "w_out": (experts, n, d),
+    "rows": (rows, d),
   }
   return {
-    name: normal(seed, *dims) for seed, (name, dims) in enumerate(sizes.items())
+    name: normal_array(seed, *dims)
+    for seed, (name, dims) in enumerate(sizes.items())
   }
+
+
+def routing_of(shape: Shape, routing: str) -> Routing:
+  """Returns who goes where."""
+  return route(expert_ids(shape, routing), shape.num_experts)
 
 
 def compute(backend, product: Product, left, right, routing: Routing):
@@ -109,131 +126,242 @@ def compute(backend, product: Product, left, right, routing: Routing):
   )
 
 
-def check(product: Product, left, right, routing: Routing, got) -> None:
-  """Raises AssertionError unless a sample of the product is right."""
-  sizes = np.asarray(routing.group_sizes)
-  ends = np.cumsum(sizes)
-  x_rows = input_rows(routing, left.shape[0], grouped=product.x_grouped)
+def dense(product: Product, data: Data) -> jax.Array:
+  """Returns the product of the same size of one expert that has every row."""
+  left, right = (
+    # What is gathered becomes rows of its own.
+    data["rows"] if name in ("x", "dy") else data[name]
+    for name in product.operands
+  )
   if product.is_weight_gradient:
-    y_rows = input_rows(routing, right.shape[0], grouped=product.y_grouped)
-    # The largest group, a middling one and the smallest.
-    for expert in np.argsort(sizes)[[0, len(sizes) // 2, -1]]:
-      rows = slice(ends[expert] - sizes[expert], ends[expert])
-      pair = (left[x_rows[rows]], right[y_rows[rows]])
-      _assert_product(got[expert], pair[0].T, pair[1])
-    return
+    return jnp.dot(left.T, right)
+  return jnp.dot(left, right[0].T if product.transpose_w else right[0])
+
+
+def sampled(product: Product, left, right, routing: Routing, got):
+  """Returns (truth, baseline, got) of some of the product, of equal shapes."""
+  sample = _sampled_experts if product.is_weight_gradient else _sampled_rows
+  return sample(product, left, right, routing, got)
+
+
+def _sampled_rows(product: Product, left, right, routing: Routing, got):
   # Where one group meets the next is where a kernel goes wrong.
-  edges = np.unique(np.concatenate([ends - sizes, ends - 1]).clip(0))
-  for row in edges[:: max(1, len(edges) // _CHECKED_ROWS)]:
-    expert = int(routing.expert_ids[row])
-    if expert < len(sizes):
-      w = right[expert].T if product.transpose_w else right[expert]
-      _assert_product(got[row][None], left[x_rows[row]][None], w)
+  ends = jnp.cumsum(routing.group_sizes)
+  edges = jnp.concatenate([ends - routing.group_sizes, ends - 1])
+  edges = jnp.sort(jnp.clip(edges, 0, routing.num_rows - 1))
+  rows = edges[_spread(edges.shape[0])]
+  x_rows = input_rows(routing, left.shape[0], grouped=product.x_grouped)
+
+  def one(row):
+    w = right[routing.expert_ids[row]]
+    x = left[x_rows[row]][None, :]
+    return _both_products(x, w.T if product.transpose_w else w)
+
+  truth, baseline = lax.map(one, rows)
+  return truth[:, 0], baseline[:, 0], got[rows]
 
 
-def _assert_product(got, a, b) -> None:
-  truth, baseline = _both_products(a, b)
-  assert_accurate(got, np.asarray(truth, np.float64), baseline)
+def _sampled_experts(product: Product, left, right, routing: Routing, got):
+  # The smallest group, a middling one and the largest; no token is in one
+  # twice, so that T rows hold any of them.
+  sizes = routing.group_sizes
+  experts = jnp.argsort(sizes)[jnp.array([0, sizes.shape[0] // 2, -1])]
+  starts = jnp.cumsum(sizes) - sizes
+  columns = _spread(left.shape[1])
+  x_rows = input_rows(routing, left.shape[0], grouped=product.x_grouped)
+  y_rows = input_rows(routing, right.shape[0], grouped=product.y_grouped)
+
+  def one(expert):
+    row = jnp.arange(routing.num_tokens)
+    mine = (row < sizes[expert])[:, None]
+    row = jnp.minimum(starts[expert] + row, routing.num_rows - 1)
+    x, y = left[x_rows[row]][:, columns], right[y_rows[row]]
+    zeroed = (jnp.where(mine, a, jnp.zeros_like(a)) for a in (x, y))
+    x, y = zeroed
+    return _both_products(x.T, y)
+
+  truth, baseline = lax.map(one, experts)
+  return truth, baseline, got[experts][:, columns]
 
 
-@jax.jit
-def _both_products(a, b):
+def _spread(size: int) -> np.ndarray:
+  """Returns some of the indices below `size`, the first and last among them."""
+  count = min(size, _CHECKED_ROWS)
+  return np.unique(np.linspace(0, size - 1, count).astype(np.int32))
+
+
+def _both_products(a, b) -> tuple[jax.Array, jax.Array]:
   wide = [v.astype(jnp.float32) for v in (a, b)]
   truth = jnp.dot(*wide, precision=lax.Precision.HIGHEST)
-  return truth, jnp.dot(a, b, preferred_element_type=jnp.float32).astype(
-    a.dtype
+  low = jnp.dot(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+  return truth, low
+
+
+class Programs(NamedTuple):
+  """What a shape needs, compiled.
+
+  Attributes:
+    dense: by op, functions of the data.
+    products: by implementation and op, functions of (left, right, routing).
+    samples: of (data, routing, results by op): what to compare, by op.
+  """
+
+  dense: dict[str, Any]
+  products: dict[tuple[str, str], Any]
+  samples: Any
+
+
+def compile_programs(
+  shape: Shape, ops, implementations, data: Data, routing: Routing
+) -> Programs:
+  """Returns all programs of a shape; one of each op, whatever the routing."""
+  described = {op: products(shape)[op] for op in ops}
+  data, routing = abstract((data, routing))
+  jobs: dict[Any, Job] = {}
+  for op, product in described.items():
+    jobs["dense", op] = Job(functools.partial(dense, product), (data,))
+    operands = tuple(data[name] for name in product.operands)
+    for implementation in implementations:
+      try:
+        backend = choose_backend([_problem(shape, product)], implementation)
+      except NotImplementedError as error:
+        print(f"{shape.name} {op}: {error}", flush=True)
+        continue
+      call = functools.partial(compute, backend, product)
+      jobs[implementation, op] = Job(call, (*operands, routing))
+  results = {
+    op: jax.ShapeDtypeStruct(_result_shape(shape, product), jnp.bfloat16)
+    for op, product in described.items()
+  }
+
+  def samples(data, routing, results):
+    return {
+      op: sampled(
+        described[op],
+        *(data[name] for name in described[op].operands),
+        routing,
+        result,
+      )
+      for op, result in results.items()
+    }
+
+  jobs["samples", ""] = Job(samples, (data, routing, results))
+  made = {name: job.result() for name, job in compile_together(jobs).items()}
+  return Programs(
+    {op: made["dense", op] for op in ops},
+    {name: made[name] for name in jobs if name[0] in implementations},
+    made["samples", ""],
   )
+
+
+def check(programs: Programs, ops, data: Data, routes, operands) -> None:
+  """Raises AssertionError unless samples of every product are right."""
+  for routing, routed in routes.items():
+    for implementation in {name for name, _ in programs.products}:
+      results = {
+        op: programs.products[implementation, op](*operands[op], routed)
+        for op in ops
+      }
+      samples = programs.samples(data, routed, results)
+      for op, (truth, baseline, got) in jax.device_get(samples).items():
+        said = f"{implementation} {op} {routing}"
+        assert_accurate(got, truth, baseline, err_msg=said)
 
 
 def run(
   shape: Shape,
   *,
   routings: Sequence[str] = ROUTINGS,
-  implementations: Sequence[str] = ("mosaic",),
+  implementations: Sequence[str] = IMPLEMENTATIONS[:1],
   ops: Sequence[str] = OPS,
+  bandwidth: float,
   samples: int = 20,
-  sample_ms: float = 10.0,
+  sample_ms: float = 4.0,
 ) -> list[dict[str, Any]]:
-  """Returns the records of one shape, having printed each."""
-  data = arrays(shape)
-  routes = {
-    name: jax.jit(functools.partial(route, num_experts=shape.num_experts))(
-      expert_ids(shape, name)
+  """Returns the records of one shape, having printed each.
+
+  Args:
+    shape: the problem.
+    routings: names in `ROUTINGS`.
+    implementations: names in `IMPLEMENTATIONS`.
+    ops: names in `OPS`.
+    bandwidth: bytes per second of a copy.
+    samples: of each time.
+    sample_ms: about the length of each.
+  """
+  start = time.perf_counter()
+  data, routes = jax.jit(
+    lambda: (
+      arrays(shape),
+      {name: routing_of(shape, name) for name in routings},
     )
-    for name in routings
+  )()
+  programs = compile_programs(
+    shape, ops, implementations, data, routes[routings[0]]
+  )
+  operands = {
+    op: tuple(data[name] for name in products(shape)[op].operands) for op in ops
   }
-  bandwidth = baselines.copy_bandwidth(
-    2 * 2**30 if shape.name != "tiny" else 64
+  compiled = time.perf_counter()
+  check(programs, ops, data, routes, operands)
+  print(
+    f"{shape.name}: compiled in {compiled - start:.1f} s, right "
+    f"after {time.perf_counter() - compiled:.1f} s",
+    flush=True,
   )
   records = []
   for op in ops:
     product = products(shape)[op]
-    left, right = (data[name] for name in product.operands)
-    calls = _calls(shape, product, left, right, routes, implementations)
-    calls["dense", "even"] = _dense(shape, product)
+    calls = {
+      (implementation, routing): functools.partial(
+        programs.products[implementation, op], *operands[op], routed
+      )
+      for implementation, of in programs.products
+      if of == op
+      for routing, routed in routes.items()
+    }
+    calls["dense", "even"] = functools.partial(programs.dense[op], data)
     taken = timing.time_interleaved(calls, samples=samples, sample_ms=sample_ms)
     flops = 2 * shape.num_rows * product.widths[0] * product.widths[1]
-    num_bytes = _bytes_moved(shape, product, left, right)
-    for (implementation, routing), time in taken.items():
-      record = {
-        "bench": "bench_ops",
-        "shape": shape.name,
-        "op": op,
-        "routing": routing,
-        "implementation": implementation,
-        **time._asdict(),
-        "tflops": flops / time.ms_median / 1e9,
-        "of_dense": taken["dense", "even"].ms_median / time.ms_median,
-        "of_bytes_bound": num_bytes / bandwidth * 1e3 / time.ms_median,
-        "gb_per_s": num_bytes / time.ms_median / 1e6,
-        "copy_gb_per_s": bandwidth / 1e9,
-      }
-      records.append(record)
-      print(_line(record), flush=True)
+    num_bytes = _bytes_moved(shape, product, *operands[op])
+    for (implementation, routing), took in taken.items():
+      records.append(
+        {
+          "shape": shape.name,
+          "op": op,
+          "routing": routing,
+          "implementation": implementation,
+          **took._asdict(),
+          "tflops": flops / took.ms_median / 1e9,
+          "of_dense": taken["dense", "even"].ms_median / took.ms_median,
+          "of_bytes_bound": num_bytes / bandwidth * 1e3 / took.ms_median,
+          "gb_per_s": num_bytes / took.ms_median / 1e6,
+          "copy_gb_per_s": bandwidth / 1e9,
+        }
+      )
+      print(_line(records[-1]), flush=True)
   return records
 
 
-def _calls(
-  shape, product, left, right, routes, implementations
-) -> dict[tuple[str, str], Callable]:
-  calls = {}
-  for implementation in implementations:
-    problem = Problem(
-      shape.num_rows,
-      shape.num_experts,
-      *product.widths,
-      str(left.dtype),
-      current_device(),
-    )
-    try:
-      backend = choose_backend([problem], implementation)
-    except NotImplementedError as error:
-      print(f"{shape.name} {product.op}: {error}", flush=True)
-      continue
-    call = jax.jit(functools.partial(compute, backend, product))
-    for routing, routed in routes.items():
-      check(product, left, right, routed, call(left, right, routed))
-      calls[implementation, routing] = functools.partial(
-        call, left, right, routed
-      )
-  return calls
+def _problem(shape: Shape, product: Product) -> Problem:
+  return Problem(
+    shape.num_rows,
+    shape.num_experts,
+    *product.widths,
+    "bfloat16",
+    current_device(),
+  )
 
 
-def _dense(shape: Shape, product: Product) -> Callable:
-  first, second = product.widths
+def _result_shape(shape: Shape, product: Product) -> tuple[int, ...]:
   if product.is_weight_gradient:
-    return baselines.dense_product(
-      first, shape.num_rows, second, contract_rows=True
-    )
-  return baselines.dense_product(shape.num_rows, first, second)
+    return shape.num_experts, *product.widths
+  return shape.num_rows, product.widths[1]
 
 
 def _bytes_moved(shape: Shape, product: Product, left, right) -> int:
-  if product.is_weight_gradient:
-    result = shape.num_experts * product.widths[0] * product.widths[1]
-  else:
-    result = shape.num_rows * product.widths[1]
-  return left.nbytes + right.nbytes + result * left.dtype.itemsize
+  result = math.prod(_result_shape(shape, product)) * left.dtype.itemsize
+  return left.nbytes + right.nbytes + result
 
 
 def _line(r: dict[str, Any]) -> str:
@@ -248,32 +376,21 @@ def _line(r: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Measures, prints and, with --write, stores."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--shapes", nargs="+", default=["L", "S"])
-  parser.add_argument("--routings", nargs="+", default=list(ROUTINGS))
+  parser = command.parser(__doc__, shapes=("L", "S"))
+  parser.add_argument("--routings", nargs="+", default=ROUTINGS)
   parser.add_argument("--implementations", nargs="+", default=["mosaic"])
-  parser.add_argument("--ops", nargs="+", default=list(OPS))
-  parser.add_argument("--samples", type=int, default=20)
-  parser.add_argument("--sample-ms", type=float, default=10.0)
-  parser.add_argument("--write", action="store_true")
+  parser.add_argument("--ops", nargs="+", default=OPS)
   options = parser.parse_args(arguments)
-  records = []
-  for name in options.shapes:
-    records += run(
-      SHAPES[name],
-      routings=options.routings,
-      implementations=options.implementations,
-      ops=options.ops,
-      samples=options.samples,
-      sample_ms=options.sample_ms,
-    )
-    if options.write:
-      timing.merge_records(
-        timing.results_path("bench_ops"),
-        records,
-        key=("shape", "op", "routing", "implementation"),
-      )
-  return records
+  size = 2**8 if options.shapes == ["tiny"] else 2**31
+  measure = functools.partial(
+    run,
+    routings=options.routings,
+    implementations=options.implementations,
+    ops=options.ops,
+    bandwidth=baselines.copy_bandwidth(size),
+    **command.sampling(options),
+  )
+  return command.measure_each(options, measure, bench="bench_ops", key=_KEY)
 
 
 if __name__ == "__main__":

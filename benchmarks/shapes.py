@@ -90,5 +90,9 @@ def expert_ids(
 
 def normal(seed: int, *dims: int, dtype=jnp.bfloat16) -> Array:
   """Returns normal data made on the device, without a float32 copy."""
-  make = jax.jit(lambda: jax.random.normal(jax.random.key(seed), dims, dtype))
-  return make()
+  return jax.jit(lambda: normal_array(seed, *dims, dtype=dtype))()
+
+
+def normal_array(seed: int, *dims: int, dtype=jnp.bfloat16) -> Array:
+  """Returns the same to a program that makes several arrays at once."""
+  return jax.random.normal(jax.random.key(seed), dims, dtype)

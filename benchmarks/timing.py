@@ -10,6 +10,7 @@ on an H200) is found there. Where the caller would find it cold, pass `flush`.
 """
 
 import datetime
+import functools
 import json
 import pathlib
 import platform
@@ -117,6 +118,7 @@ def _in_turn(first, second) -> Callable[[], Any]:
   return both
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
   """Returns what a record says of where and how it was made."""
   device = jax.devices()[0]

@@ -44,12 +44,19 @@ def test_bench_ops_checks_and_records():
     assert all(r[field] > 0 for r in records), field
 
 
-def test_bench_ops_refuses_a_wrong_product(monkeypatch):
-  wrong = bench_ops.compute
-  monkeypatch.setattr(bench_ops, "compute", lambda *args: 2 * wrong(*args))
-  with pytest.raises(AssertionError, match="off by"):
+@pytest.mark.parametrize("op", ["down", "dw_up"])
+def test_bench_ops_refuses_a_wrong_product(op, monkeypatch):
+  right = bench_ops.compute
+
+  def wrong(*args):
+    # The last row of the last expert, or the last row of its gradient.
+    result = right(*args)
+    return result.at[..., -1, :].multiply(2)
+
+  monkeypatch.setattr(bench_ops, "compute", wrong)
+  with pytest.raises(AssertionError, match=f"xla {op} random: off by"):
     bench_ops.main(
-      ["--shapes", "tiny", "--routings", "even", "--ops", "dw_up"]
+      ["--shapes", "tiny", "--routings", "random", "--ops", op]
       + ["--implementations", "xla", "--samples", "2"]
     )
 

@@ -1,0 +1,40 @@
+"""Programs compiled side by side, before anything is timed."""
+
+import os
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+_Name = TypeVar("_Name", bound=Hashable)
+
+
+class Job(NamedTuple):
+  """A function and what it will be called with, arrays or only their shapes."""
+
+  function: Callable[..., Any]
+  arguments: tuple[Any, ...]
+
+
+def compile_together(
+  jobs: Mapping[_Name, Job],
+) -> dict[_Name, Future[jax.stages.Compiled]]:
+  """Returns the compiled programs by name, each as a future.
+
+  Python traces them one at a time; XLA and ptxas compile them on all cores.
+  The result of a future raises what compiling raised.
+  """
+  with ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1)) as pool:
+    return {name: pool.submit(_compile, job) for name, job in jobs.items()}
+
+
+def _compile(job: Job) -> jax.stages.Compiled:
+  return jax.jit(job.function).lower(*job.arguments).compile()
+
+
+def abstract(tree: Any) -> Any:
+  """Returns the tree with each array replaced by its shape and dtype."""
+  return jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(jax.numpy.shape(a), a.dtype), tree
+  )
