@@ -1,7 +1,8 @@
 """What does a mixture of attention cost beside dense attention and regrouping?
 
-  python -m benchmarks.bench_attention [--top-k 1 2 4 8] [--directions ...]
-      [--implementation mosaic|triton|xla] [--tiny] [--write]
+  python -m benchmarks.bench_attention [--top-k 8 4 2 1] [--directions ...]
+      [--implementation mosaic|triton|xla] [--tiny] [--budget-seconds 150]
+      [--write]
 
 Three attention layers of the same active heads, in bfloat16 on normal data:
 
@@ -13,15 +14,23 @@ Three attention layers of the same active heads, in bfloat16 on normal data:
            backward is a copy
 
 T = 16 x 2048 tokens, d = 4096, 32 active heads of 128; k experts of 32 / k
-heads each, E = 8 k; causal, rotary positions. The router's weights are random
-and its load nearly even. `training` is the gradient of every parameter and of
-x, after a forward. On short sequences of the same widths, results and gradients
-are first compared with plain float32; at full size moa with regroup.
+heads each, E = 8 k; causal, rotary positions, one attention core for all three.
+The router's weights are random and its load nearly even. `training` is y and
+the gradient of every parameter and of x.
+
+Before a time is printed, the measured programs themselves are checked: y of the
+first sequence, and all gradients where only its dy is not zero, against plain
+float32; everything at full size, moa against regroup.
+
+Most of a run is compiling. The first k is compiled, measured and stored alone,
+the others then together. XLA's own products are cuBLAS's, in every layer:
+looking among Triton's as well would take most of the time.
 """
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -41,7 +50,13 @@ DIRECTIONS = ("forward", "training")
 # On a bfloat16 result of thousands of terms, summed in another order.
 _AGREEMENT = 0.02
 
+# Of the measured programs; and of the one that checks them, run once.
+_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+_CHECK_OPTIONS = {**_COMPILER_OPTIONS, "xla_gpu_autotune_level": 0}
+
 Layer = Callable[[Any, Array], Array]
+# A program by (direction, layer), or by "inputs" and "evidence".
+Key = tuple[str, str] | str
 
 
 class Shape(NamedTuple):
@@ -189,6 +204,21 @@ ungroup.defvjp(
 )
 
 
+def plain_dense(shape: Shape, params, x: Float[Array, "B L d"]) -> Array:
+  """Returns the dense layer, no kernels."""
+  qkv = jnp.einsum("bld,dn->bln", x, params["qkv"], precision="highest")
+  heads = (*x.shape[:2], shape.num_heads, shape.head_dim)
+  attended = _plain_attend(
+    *(a.reshape(heads) for a in jnp.split(qkv, 3, axis=-1))
+  )
+  return jnp.einsum(
+    "bln,nd->bld",
+    attended.reshape(*x.shape[:2], -1),
+    params["out"],
+    precision="highest",
+  )
+
+
 def plain_moa(shape: Shape, params, x: Float[Array, "B L d"]) -> Array:
   """Returns the mixture of attention, every row by every expert, no kernels."""
   module_router = smnn.Router(shape.num_experts, shape.top_k, "top_k_softmax")
@@ -208,119 +238,251 @@ def plain_moa(shape: Shape, params, x: Float[Array, "B L d"]) -> Array:
       product("bld,dn->bln", x, params["key_value"]["kernel"]), 2, axis=-1
     )
   )
-  positions = smnn.consecutive_positions(*x.shape[:2])
-  query, key = (smnn.rotary_embedding(a, positions) for a in (query, key))
-  logits = product("blhc,bmhc->bhlm", query, key) * shape.head_dim**-0.5
-  causal = np.tri(x.shape[1], dtype=bool)[None, None]
-  probs = jax.nn.softmax(jnp.where(causal, logits, -1e30).astype(jnp.float32))
-  heads = product("bhlm,bmhc->blhc", probs.astype(x.dtype), value)
+  heads = _plain_attend(query, key, value)
   heads = heads.reshape(rows.shape[0], shape.top_k, -1)
-  every = product("tkn,tke,end->tked", heads, mine, params["output"]["kernel"])
   gates = routed.gates.astype(x.dtype)
-  return product("tk,tked->td", gates, every).reshape(x.shape)
+  heads = product("tke,tkn->ten", mine * gates[:, :, None], heads)
+  return product("ten,end->td", heads, params["output"]["kernel"]).reshape(
+    x.shape
+  )
 
 
-def parameters(shape: Shape) -> dict[str, Any]:
-  """Returns the parameters of each layer, in bfloat16; moa's are regroup's."""
-  x = jnp.zeros((1, 2, shape.d_model), jnp.bfloat16)
-  module = moa_module(shape, "xla")
-  moa = jax.jit(module.init)(jax.random.key(0), x)["params"]
-  # A router in bfloat16 holds the same numbers in float32.
-  moa["router"] = jax.tree.map(lambda a: a.astype(jnp.float32), moa["router"])
+def _plain_attend(query, key, value) -> Array:
+  product = functools.partial(jnp.einsum, precision="highest")
+  positions = smnn.consecutive_positions(*query.shape[:2])
+  query, key = (smnn.rotary_embedding(a, positions) for a in (query, key))
+  logits = product("blhc,bmhc->bhlm", query, key) * query.shape[-1] ** -0.5
+  causal = np.tri(query.shape[1], dtype=bool)[None, None]
+  probs = jax.nn.softmax(jnp.where(causal, logits, -1e30).astype(jnp.float32))
+  return product("bhlm,bmhc->blhc", probs.astype(value.dtype), value)
+
+
+class Inputs(NamedTuple):
+  """What the programs of one shape are given.
+
+  Attributes:
+    params: by layer; moa's are regroup's.
+    x: tokens.
+    dy: the gradient of y.
+    dy_first: the same in the first sequence, zero in the others.
+  """
+
+  params: dict[str, Any]
+  x: Float[Array, "B L d"]
+  dy: Float[Array, "B L d"]
+  dy_first: Float[Array, "B L d"]
+
+
+def inputs(shape: Shape) -> Inputs:
+  """Returns normal data, in bfloat16 but for the router's parameters."""
+  d, experts = shape.d_model, shape.num_experts
   active = shape.num_heads * shape.head_dim
-  dense = {
-    "qkv": _normal(1, shape.d_model, 3 * active),
-    "out": _normal(2, active, shape.d_model),
+  n = active // shape.top_k
+  moa = {
+    # In float32, but of numbers that bfloat16 has.
+    "router": {"kernel": _normal(0, d, experts).astype(jnp.float32)},
+    "query": {"kernel": _normal(1, experts, d, n)},
+    "key_value": {"kernel": _normal(2, d, 2 * n)},
+    "output": {"kernel": _normal(3, experts, n, d)},
   }
-  return {"moa": moa, "dense": dense, "regroup": moa}
+  dense = {"qkv": _normal(4, d, 3 * active), "out": _normal(5, active, d)}
+  tokens = (shape.batch, shape.length, d)
+  x, dy = (_normal(seed, *tokens, scale=1.0) for seed in (6, 7))
+  first = (jnp.arange(shape.batch) == 0)[:, None, None]
+  dy_first = jnp.where(first, dy, jnp.zeros_like(dy))
+  params = {"moa": moa, "dense": dense, "regroup": moa}
+  return Inputs(params, x, dy, dy_first)
 
 
-def _normal(seed: int, fan_in: int, features: int) -> Array:
-  draw = jax.random.normal(jax.random.key(seed), (fan_in, features))
-  return (draw * fan_in**-0.5).astype(jnp.bfloat16)
-
-
-def tokens(shape: Shape, seed: int) -> Array:
-  """Returns (B, L, d) normal values; also used as the gradient of y."""
-  size = (shape.batch, shape.length, shape.d_model)
-  return jax.random.normal(jax.random.key(seed), size).astype(jnp.bfloat16)
+def _normal(seed: int, *size: int, scale: float | None = None) -> Array:
+  draw = jax.random.normal(jax.random.key(seed), size, jnp.bfloat16)
+  return draw * jnp.bfloat16(size[-2] ** -0.5 if scale is None else scale)
 
 
 def step(layer: Layer, direction: str) -> Callable[[Any, Array, Array], Any]:
-  """Returns a function of (params, x, dy): y, or the gradients."""
+  """Returns a function of (params, x, dy): y; for training, the gradients too.
+
+  Both, as the layers behind it need y: without it XLA would leave out products.
+  """
   if direction == "forward":
     return lambda params, x, dy: layer(params, x)
 
   def gradients(params, x, dy):
-    _, pull_back = jax.vjp(layer, params, x)
-    return pull_back(dy)
+    y, pull_back = jax.vjp(layer, params, x)
+    return y, pull_back(dy)
 
   return gradients
 
 
-def check(shape: Shape, implementation: str | None) -> None:
-  """Asserts that moa and regroup equal plain float32 on short sequences."""
-  shape = shape._replace(batch=2, length=min(shape.length, 64))
-  params = parameters(shape)["moa"]
-  x, dy = tokens(shape, 3), tokens(shape, 4)
-  plain = jax.jit(step(functools.partial(plain_moa, shape), "training"))
-  wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
-  oracle = plain(wide(params), wide(x), wide(dy))
-  baseline = plain(params, x, dy)
-  for name in ("moa", "regroup"):
-    layer = layers(shape, implementation)[name]
-    got = jax.jit(step(layer, "training"))(params, x, dy)
-    for (path, a), b, c in zip(
-      jax.tree_util.tree_leaves_with_path(got),
-      jax.tree.leaves(oracle),
-      jax.tree.leaves(baseline),
-      strict=True,
-    ):
-      where = f"{name}{jax.tree_util.keystr(path)}"
-      assert_accurate(a, b, c.astype(a.dtype), err_msg=where)
+class Evidence(NamedTuple):
+  """What decides whether the layers are right; small enough for the host.
+
+  Attributes:
+    worst: for each result its elements, the truth's and a baseline's where
+      result or baseline are furthest from the truth, or that is largest.
+    apart: for each result of regroup, how far moa's is from it.
+  """
+
+  worst: Any
+  apart: Any
+
+
+def evidence(shape: Shape, given: Inputs, first, whole) -> Evidence:
+  """Compares the results of all layers with plain ones and with each other.
+
+  Args:
+    shape: of the layers.
+    given: what they were given.
+    first: by (direction, layer), the results for `dy_first`.
+    whole: the results of moa and regroup for `dy`.
+  """
+  plain = _plain_results(shape, given, {direction for direction, _ in first})
+  of_first = lambda a: a[:1] if a.shape == given.x.shape else a
+  worst = {
+    (direction, name): jax.tree.map(
+      _worst,
+      jax.tree.map(of_first, got),
+      *plain["dense" if name == "dense" else "moa", direction],
+    )
+    for (direction, name), got in first.items()
+  }
+  apart = {
+    direction: jax.tree.map(
+      _distance, whole[direction, "moa"], whole[direction, "regroup"]
+    )
+    for direction, name in whole
+    if name == "moa"
+  }
+  return Evidence(worst, apart)
+
+
+def _plain_results(shape: Shape, given: Inputs, directions):
+  """Returns (truth, baseline) of the first sequence, by layer and direction."""
+  results = {}
+  for name, layer in (("moa", plain_moa), ("dense", plain_dense)):
+    narrow = given.params[name], given.x[:1], given.dy[:1]
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), narrow)
+    last = "training" if "training" in directions else "forward"
+    run = step(functools.partial(layer, shape), last)
+    pair = run(*wide), run(*narrow)
+    results[name, last] = pair
+    if last == "training":
+      results[name, "forward"] = tuple(y for y, _ in pair)
+  return results
+
+
+class Worst(NamedTuple):
+  """Elements of a result, of the truth and of a baseline; see `Evidence`."""
+
+  got: Float[Array, " 3"]
+  oracle: Float[Array, " 3"]
+  baseline: Float[Array, " 3"]
+
+
+def _worst(got, oracle, baseline) -> Worst:
+  got, oracle = got.reshape(-1), oracle.reshape(-1)
+  baseline = baseline.astype(got.dtype).reshape(-1)
+  off = lambda a: jnp.abs(a.astype(jnp.float32) - oracle)
+  places = jnp.stack(
+    [jnp.argmax(a) for a in (off(got), off(baseline), jnp.abs(oracle))]
+  )
+  return Worst(got[places], oracle[places], baseline[places])
+
+
+def _distance(a, b) -> Array:
+  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  # A router of one choice has no gradient: its gate is 1.
+  apart, size = jnp.linalg.norm(a - b), jnp.linalg.norm(b)
+  return apart / jnp.where(size == 0, jnp.ones_like(size), size)
+
+
+def assert_right(found: Evidence) -> None:
+  """Asserts that each layer equals the plain one, and moa regroup."""
+  is_worst = lambda a: isinstance(a, Worst)
+  leaves = jax.tree_util.tree_leaves_with_path
+  for path, worst in leaves(found.worst, is_leaf=is_worst):
+    assert_accurate(*worst, err_msg=jax.tree_util.keystr(path))
+  for path, apart in leaves(found.apart):
+    where = jax.tree_util.keystr(path)
+    assert apart <= _AGREEMENT, f"{where}: moa and regroup differ by {apart}"
+
+
+def programs(
+  shape: Shape, directions: Sequence[str], implementation: str | None
+) -> dict[Key, tuple[jax.stages.Lowered, dict[str, Any]]]:
+  """Returns what one shape needs, lowered, with options of the compiler."""
+  given = jax.eval_shape(lambda: inputs(shape))
+  lowered: dict[Key, Any] = {
+    "inputs": (jax.jit(lambda: inputs(shape)).lower(), _CHECK_OPTIONS)
+  }
+  results = {}
+  for name, layer in layers(shape, implementation).items():
+    for direction in directions:
+      run = jax.jit(step(layer, direction))
+      traced = run.lower(given.params[name], given.x, given.dy)
+      lowered[direction, name] = traced, _COMPILER_OPTIONS
+      results[direction, name] = traced.out_info
+  compare = jax.jit(functools.partial(evidence, shape))
+  whole = {key: r for key, r in results.items() if key[1] != "dense"}
+  lowered["evidence"] = compare.lower(given, results, whole), _CHECK_OPTIONS
+  return lowered
+
+
+def compile_all(
+  shapes: Sequence[Shape],
+  directions: Sequence[str],
+  implementation: str | None,
+) -> list[dict[Key, jax.stages.Compiled]]:
+  """Returns the programs of each shape, compiled in as many threads as help."""
+  with ThreadPoolExecutor() as pool:
+    # Each compiles while the next is traced.
+    tasks = [
+      {
+        key: pool.submit(lowered.compile, compiler_options=options)
+        for key, (lowered, options) in programs(
+          shape, directions, implementation
+        ).items()
+      }
+      for shape in shapes
+    ]
+    return [
+      {key: task.result() for key, task in of_shape.items()}
+      for of_shape in tasks
+    ]
+
+
+def check(compiled: Mapping[Key, Any], given: Inputs) -> None:
+  """Asserts that the programs of one shape are right."""
+  steps = {key: run for key, run in compiled.items() if isinstance(key, tuple)}
+  run = lambda key, dy: steps[key](given.params[key[1]], given.x, dy)
+  first = {key: run(key, given.dy_first) for key in steps}
+  whole = {key: run(key, given.dy) for key in steps if key[1] != "dense"}
+  assert_right(jax.device_get(compiled["evidence"](given, first, whole)))
 
 
 def measure(
   shape: Shape,
+  compiled: Mapping[Key, Any],
   directions: Sequence[str],
   implementation: str | None,
   *,
   samples: int = 20,
 ) -> list[dict[str, Any]]:
-  """Returns the records of one shape, all variants timed in turns."""
-  params = parameters(shape)
-  x, dy = tokens(shape, 3), tokens(shape, 4)
-  variants = layers(shape, implementation)
-
+  """Returns the records of one shape, checked, all variants timed in turns."""
+  given = compiled["inputs"]()
+  check(compiled, given)
   cases = [(direction, name) for direction in directions for name in LAYERS]
-  lowered = [
-    jax.jit(step(variants[name], direction)).lower(params[name], x, dy)
-    for direction, name in cases
-  ]
-  with ThreadPoolExecutor() as pool:
-    compiled = pool.map(lambda program: program.compile(), lowered)
-    programs = dict(zip(cases, compiled, strict=True))
-  for direction in directions:
-    _assert_agree(
-      programs[direction, "moa"](params["moa"], x, dy),
-      programs[direction, "regroup"](params["moa"], x, dy),
-    )
   calls = {
-    case: functools.partial(program, params[case[1]], x, dy)
-    for case, program in programs.items()
+    case: functools.partial(
+      compiled[case], given.params[case[1]], given.x, given.dy
+    )
+    for case in cases
   }
   timings = timing.time_interleaved(calls, samples=samples, max_calls=3)
   return [
-    _record(shape, case, timings, programs[case], implementation)
+    _record(shape, case, timings, compiled[case], implementation)
     for case in cases
   ]
-
-
-def _assert_agree(got, expected) -> None:
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    off = float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
-    assert off <= _AGREEMENT, f"moa and regroup differ by {off:.3g}"
 
 
 def _record(shape, case, timings, program, implementation) -> dict[str, Any]:
@@ -346,43 +508,60 @@ def _record(shape, case, timings, program, implementation) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Checks, times, prints and, with --write, keeps the records."""
+  started = time.monotonic()
+  elapsed = lambda: time.monotonic() - started
+  say = lambda text: print(f"[{elapsed():5.1f} s] {text}", flush=True)
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--top-k", type=int, nargs="+", default=[1, 2, 4, 8])
+  parser.add_argument("--top-k", type=int, nargs="+", default=[8, 4, 2, 1])
   parser.add_argument("--directions", nargs="+", default=DIRECTIONS)
   parser.add_argument("--implementation", default=None)
   parser.add_argument("--samples", type=int, default=20)
+  parser.add_argument("--budget-seconds", type=float, default=float("inf"))
   parser.add_argument("--tiny", action="store_true")
   parser.add_argument("--write", action="store_true")
   options = parser.parse_args(arguments)
-  records = []
-  for top_k in options.top_k:
-    shape = (tiny if options.tiny else full)(top_k)
-    check(shape, options.implementation)
-    new = measure(
-      shape,
-      options.directions,
-      options.implementation,
-      samples=options.samples,
-    )
-    for record in new:
-      print(
-        f"{record['shape']:3} {record['direction']:8} "
-        f"{record['implementation']:8} {record['ms_median']:8.3f} ms "
-        f"({record['ms_p20']:.3f}-{record['ms_p80']:.3f})  "
-        f"{record['tflops']:6.1f} TFLOP/s  "
-        f"{record['speed_over_regroup']:.2f}x regroup's speed  "
-        f"{record['time_over_dense']:.2f}x dense's time  "
-        f"{record['temp_bytes'] / 2**30:.2f} GiB",
-        flush=True,
-      )
-    records += new
-    if options.write:
-      timing.merge_records(
-        timing.results_path("bench_attention"),
-        new,
-        key=("shape", "direction", "implementation"),
-      )
+  say(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
+  shapes = [(tiny if options.tiny else full)(k) for k in options.top_k]
+  built = options.directions, options.implementation
+  records: list[dict[str, Any]] = []
+  wrong: list[AssertionError] = []
+  for wave in (shapes[:1], shapes[1:]):
+    if not wave or elapsed() > options.budget_seconds:
+      continue
+    compiled = compile_all(wave, *built)
+    say(f"compiled k = {', '.join(str(shape.top_k) for shape in wave)}")
+    for shape, of_shape in zip(wave, compiled, strict=True):
+      try:
+        new = measure(shape, of_shape, *built, samples=options.samples)
+      except AssertionError as error:
+        wrong.append(error)
+        say(f"k = {shape.top_k} is wrong: {error}")
+        continue
+      for record in new:
+        print(_line(record), flush=True)
+      say(f"measured k = {shape.top_k}")
+      records += new
+      if options.write:
+        timing.merge_records(
+          timing.results_path("bench_attention"),
+          new,
+          key=("shape", "direction", "implementation"),
+        )
+  if wrong:
+    raise wrong[0]
   return records
+
+
+def _line(record: Mapping[str, Any]) -> str:
+  return (
+    f"{record['shape']:3} {record['direction']:8} "
+    f"{record['implementation']:8} {record['ms_median']:8.3f} ms "
+    f"({record['ms_p20']:.3f}-{record['ms_p80']:.3f})  "
+    f"{record['tflops']:6.1f} TFLOP/s  "
+    f"{record['speed_over_regroup']:.2f}x regroup's speed  "
+    f"{record['time_over_dense']:.2f}x dense's time  "
+    f"{record['temp_bytes'] / 2**30:.2f} GiB"
+  )
 
 
 if __name__ == "__main__":

@@ -292,21 +292,34 @@ def as_users_have_it():
 
 
 def test_benchmark_checks_and_times_a_tiny_layer(capsys):
+  arguments = ["--tiny", "--samples", "2", "--implementation", "xla"]
   with as_users_have_it():
     records = bench_attention.main(
-      ["--tiny", "--top-k", "2", "--samples", "2", "--implementation", "xla"]
+      [*arguments, "--top-k", "2", "--directions", "forward"]
     )
-  assert len(records) == 6
+    # No time is left for the second.
+    assert not bench_attention.main([*arguments, "--budget-seconds", "0"])
+  assert [r["implementation"] for r in records] == ["moa", "dense", "regroup"]
   assert all(record["ms_median"] > 0 for record in records)
-  assert capsys.readouterr().out.count("TFLOP/s") == 6
+  assert capsys.readouterr().out.count("TFLOP/s") == 3
 
 
 @pytest.mark.slow
-def test_benchmark_notices_a_wrong_layer(monkeypatch):
-  once = bench_attention.ungroup
-  monkeypatch.setattr(bench_attention, "ungroup", lambda *a: 2 * once(*a))
-  with (
-    as_users_have_it(),
-    pytest.raises(AssertionError, match="regroup"),
-  ):
-    bench_attention.check(bench_attention.tiny(2), "xla")
+def test_benchmark_checks_gradients_also_of_one_choice():
+  with as_users_have_it():
+    records = bench_attention.main(
+      ["--tiny", "--samples", "2", "--implementation", "xla", "--top-k", "2",
+       "1"]
+    )  # fmt: skip
+  assert len(records) == 12
+
+
+@pytest.mark.parametrize("wrong", ["ungroup", "dense_layer"])
+def test_benchmark_notices_a_wrong_layer(monkeypatch, wrong):
+  once = getattr(bench_attention, wrong)
+  monkeypatch.setattr(bench_attention, wrong, lambda *a: 2 * once(*a))
+  shape, forward = bench_attention.tiny(2), ["forward"]
+  with as_users_have_it():
+    [compiled] = bench_attention.compile_all([shape], forward, "xla")
+    with pytest.raises(AssertionError, match="regroup|dense"):
+      bench_attention.check(compiled, compiled["inputs"]())
