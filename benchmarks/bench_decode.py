@@ -12,16 +12,25 @@ that what shows is the slower of Python and the device. `layer`: one of four
 layers in one program, each with its own routing and fed with the last one's
 result, as in a model's decode step; the weights are shared, but by T = 1 they
 already pass the L2 cache's 50 MB. No time is corrected for anything.
+
+Everything is compiled side by side first. A shape's record is kept as soon as
+it is measured.
 """
 
 import argparse
-from typing import NamedTuple
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from benchmarks import timing
+from benchmarks.compiling import Job, abstract, compile_together
+from benchmarks.shapes import normal_array
 from scattermoe_jax import ops
 from scattermoe_jax.kernels import IMPLEMENTATIONS, choose_backend
 from scattermoe_jax.ops.parallel_linear import linear_problems
@@ -30,6 +39,7 @@ from tests.accuracy import assert_accurate
 
 COPY_BYTES_PER_SECOND = 4.26e12
 LAYERS = 4
+_CHECKED_TOKENS = 2
 
 
 class Shape(NamedTuple):
@@ -46,91 +56,143 @@ MIXTRAL = Shape(1, n=14336, num_experts=8, top_k=2)
 SHAPES = {f"T{t}": Shape(t) for t in (1, 8, 64, 512)} | {
   f"mixtral_T{t}": MIXTRAL._replace(num_tokens=t) for t in (1, 8, 64)
 }
+# Small enough for a CPU; not a measurement of anything.
+TINY = {"tiny": Shape(3, d=32, n=16, num_experts=8, top_k=2)}
 
 
 def inputs(shape: Shape):
-  """Returns (x, gates, ids per layer, w_gate_up, w_out): normal, seeded."""
+  """Returns (x, gates, ids per layer): normal, seeded."""
+  tokens, d, _, experts, top_k = shape
   rng = np.random.default_rng(0)
-  scores = rng.random((LAYERS, shape.num_tokens, shape.num_experts))
-  ids = np.argsort(-scores, axis=-1)[..., : shape.top_k].astype(np.int32)
+  scores = rng.random((LAYERS, tokens, experts))
+  ids = np.argsort(-scores, axis=-1)[..., :top_k].astype(np.int32)
+  gates = jax.nn.softmax(normal_array(1, tokens, top_k), axis=-1)
+  return normal_array(0, tokens, d), gates, jnp.asarray(ids)
 
-  def normal(key, *dims):
-    make = jax.jit(
-      lambda: jax.random.normal(jax.random.key(key), dims, jnp.bfloat16)
+
+@functools.cache
+def weights(d: int, n: int, num_experts: int):
+  """Returns (w_gate_up, w_out), made once for all batches of a model."""
+
+  def make():
+    w_in = normal_array(2, num_experts, d, 2 * n) * jnp.bfloat16(d**-0.5)
+    w_out = normal_array(3, num_experts, n, d) * jnp.bfloat16(n**-0.5)
+    return w_in, w_out
+
+  return jax.jit(make)()
+
+
+def layer(x, gates, ids, w_in, w_out, *, implementation):
+  """Returns what is measured: y of one layer."""
+  routing = route(ids, w_in.shape[0])
+  return ops.smoe_mlp(
+    x, gates, routing, w_in, w_out, implementation=implementation
+  )
+
+
+def layers(x, gates, all_ids, w_in, w_out, *, implementation):
+  """Returns the last y of several layers in one program."""
+  for ids in all_ids:
+    x = layer(x, gates, ids, w_in, w_out, implementation=implementation)
+  return x
+
+
+def plain(x, gates, ids, w_in, w_out):
+  """Returns (truth, baseline): y of the first tokens, choice by choice.
+
+  In float32, and with every step rounded to the dtype of x.
+  """
+  few = min(_CHECKED_TOKENS, x.shape[0])
+
+  def choice(row_and_expert, wide):
+    row, expert = row_and_expert
+    w1, w2 = w_in[expert], w_out[expert]
+    if wide:
+      row, w1, w2 = (a.astype(jnp.float32) for a in (row, w1, w2))
+    g, u = jnp.split(jnp.dot(row, w1, precision=lax.Precision.HIGHEST), 2)
+    a = jax.nn.silu(g) * u
+    y = jnp.dot(a, w2, precision=lax.Precision.HIGHEST)
+    return y.astype(jnp.float32)
+
+  def tokens(wide):
+    rows = jnp.repeat(x[:few], ids.shape[1], axis=0)
+    y = lax.map(
+      functools.partial(choice, wide=wide), (rows, ids[:few].reshape(-1))
     )
-    return make()
+    y = y.reshape(few, -1, y.shape[-1])
+    return jnp.einsum(
+      "tj,tjd->td", gates[:few].astype(jnp.float32), y,
+      precision=lax.Precision.HIGHEST,
+    )  # fmt: skip
 
+  return tokens(True), tokens(False).astype(x.dtype)
+
+
+def chosen_for(shape: Shape) -> str:
+  """Returns the implementation that runs a shape here by default."""
   tokens, d, n, experts, top_k = shape
-  gates = jax.nn.softmax(normal(1, tokens, top_k), axis=-1)
-  w_in = normal(2, experts, d, 2 * n) * jnp.bfloat16(d**-0.5)
-  w_out = normal(3, experts, n, d) * jnp.bfloat16(n**-0.5)
-  return normal(0, tokens, d), gates, jnp.asarray(ids), w_in, w_out
+  bfloat16 = jnp.bfloat16
+
+  def name(ids):
+    routing = route(ids, experts)
+    w_in = jax.ShapeDtypeStruct((experts, d, 2 * n), bfloat16)
+    found.append(choose_backend(linear_problems(routing, w_in, bfloat16)))
+
+  found: list[Any] = []
+  jax.eval_shape(name, jax.ShapeDtypeStruct((tokens, top_k), jnp.int32))
+  return found[0].__name__.rpartition(".")[2]
 
 
-def layer(implementation, num_experts):
-  """Returns the layer, a function of (x, gates, ids, w_in, w_out)."""
-
-  def forward(x, gates, ids, w_in, w_out):
-    routing = route(ids, num_experts)
-    return ops.smoe_mlp(
-      x, gates, routing, w_in, w_out, implementation=implementation
-    )
-
-  return forward
-
-
-def layers(implementation, num_experts):
-  """Returns several of them in one program."""
-  one = layer(implementation, num_experts)
-
-  def forward(x, gates, all_ids, w_in, w_out):
-    for ids in all_ids:
-      x = one(x, gates, ids, w_in, w_out)
-    return x
-
-  return forward
-
-
-def truth(x, gates, ids, w_in, w_out, tokens):
-  """Returns y of the first tokens in float32, choice by choice."""
-  y = []
-  for t in range(tokens):
-    total = 0.0
-    for j, expert in enumerate(np.asarray(ids[t])):
-      w1, w2 = (w[expert].astype(jnp.float32) for w in (w_in, w_out))
-      h = jnp.dot(x[t].astype(jnp.float32), w1, precision="highest")
-      g, u = jnp.split(h, 2)
-      out = jnp.dot(jax.nn.silu(g) * u, w2, precision="highest")
-      total += gates[t, j].astype(jnp.float32) * out
-    y.append(total)
-  return np.asarray(jnp.stack(y))
-
-
-def measure(name: str, shape: Shape, others: bool):
-  """Returns the record of one shape."""
-  x, gates, all_ids, w_in, w_out = inputs(shape)
-  ids, experts = all_ids[0], shape.num_experts
-  problems = linear_problems(route(ids, experts), w_in, x.dtype)
-  chosen = choose_backend(problems).__name__.rpartition(".")[2]
-
-  few = min(2, shape.num_tokens)
-  oracle = truth(x, gates, ids, w_in, w_out, few)
-  args = x, gates, ids, w_in, w_out
-  baseline = jax.jit(layer("xla", experts))(*args)[:few]
-  calls = {}
+def jobs_of(name: str, shape: Shape, others: bool) -> dict[Any, Job]:
+  """Returns the programs of one shape, by (shape, implementation or kind)."""
+  experts, d, n = shape.num_experts, shape.d, shape.n
+  x, gates, all_ids = abstract(inputs(shape))
+  ids = jax.ShapeDtypeStruct(all_ids.shape[1:], all_ids.dtype)
+  w_in = jax.ShapeDtypeStruct((experts, d, 2 * n), x.dtype)
+  w_out = jax.ShapeDtypeStruct((experts, n, d), x.dtype)
+  chosen = chosen_for(shape)
+  several = functools.partial(layers, implementation=chosen)
+  jobs = {
+    (name, "plain"): Job(plain, (x, gates, ids, w_in, w_out)),
+    (name, "layers"): Job(several, (x, gates, all_ids, w_in, w_out)),
+  }
   for implementation in IMPLEMENTATIONS[:-1] if others else (chosen,):
-    try:
-      call = jax.jit(layer(implementation, experts))
-      got = call(*args)[:few]
-    except NotImplementedError as reason:
-      print(f"{name} {implementation}: {reason}")
+    one = functools.partial(layer, implementation=implementation)
+    jobs[name, implementation] = Job(one, (x, gates, ids, w_in, w_out))
+  return jobs
+
+
+def measure(name: str, shape: Shape, programs) -> dict[str, Any]:
+  """Returns the record of one shape.
+
+  Args:
+    name: of the shape.
+    shape: the problem.
+    programs: futures by (shape, implementation or kind).
+  """
+  x, gates, all_ids = inputs(shape)
+  w_in, w_out = weights(shape.d, shape.n, shape.num_experts)
+  chosen = chosen_for(shape)
+  args = x, gates, all_ids[0], w_in, w_out
+  truth, baseline = programs[name, "plain"].result()(*args)
+  calls = {}
+  for (of, implementation), program in programs.items():
+    if of != name or implementation not in IMPLEMENTATIONS:
       continue
-    assert_accurate(got, oracle, baseline, err_msg=f"{name} {implementation}")
-    calls[implementation] = lambda call=call: call(*args)
+    try:
+      call = program.result()
+    except NotImplementedError as reason:
+      print(f"{name} {implementation}: {reason}", flush=True)
+      continue
+    got = call(*args)[: len(truth)]
+    said = f"{name} {implementation}"
+    assert_accurate(got, np.asarray(truth), baseline, err_msg=said)
+    calls[implementation] = functools.partial(call, *args)
   times = timing.time_interleaved(calls, sample_ms=10.0)
-  program = jax.jit(layers(chosen, experts))
-  run_program = lambda: program(x, gates, all_ids, w_in, w_out)
-  in_program = timing.time_interleaved({chosen: run_program}, samples=5)
+  several = functools.partial(
+    programs[name, "layers"].result(), x, gates, all_ids, w_in, w_out
+  )
+  in_program = timing.time_interleaved({chosen: several}, samples=5)
 
   expert_bytes = 3 * shape.d * shape.n * 2
   bound = [
@@ -142,7 +204,7 @@ def measure(name: str, shape: Shape, others: bool):
   return {
     "shape": name,
     **shape._asdict(),
-    "touched_experts": len(np.unique(np.asarray(ids))),
+    "touched_experts": len(np.unique(np.asarray(all_ids[0]))),
     "implementation": chosen,
     "ms_median": round(call_ms.ms_median, 4),
     "ms_p20": round(call_ms.ms_p20, 4),
@@ -156,20 +218,27 @@ def measure(name: str, shape: Shape, others: bool):
       for other in times
       if other != chosen
     },
-    **timing.environment(),
   }
 
 
-def main():
-  """Prints a line for each shape asked for."""
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+  """Prints a line for each shape asked for, returns the records."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("shapes", nargs="*", default=list(SHAPES))
   parser.add_argument("--others", action="store_true", help="compare backends")
   parser.add_argument("--write", action="store_true", help="keep the records")
-  arguments = parser.parse_args()
-  path = timing.results_path("bench_decode")
-  for name in arguments.shapes:
-    record = measure(name, SHAPES[name], arguments.others)
+  options = parser.parse_args(arguments)
+  shapes = {name: (SHAPES | TINY)[name] for name in options.shapes}
+  start = time.perf_counter()
+  jobs: dict[Any, Job] = {}
+  for name, shape in shapes.items():
+    jobs |= jobs_of(name, shape, options.others)
+  programs = compile_together(jobs)
+  print(f"{len(jobs)} programs in {time.perf_counter() - start:.0f} s")
+  records = []
+  for name, shape in shapes.items():
+    record = measure(name, shape, programs)
+    records.append(record)
     print(
       f"{name:11} {record['implementation']:7} "
       f"call {record['ms_median']:.4f} ms {record['of_bytes_bound']:.2f} | "
@@ -178,11 +247,10 @@ def main():
       f"{record['ms_median_of_others']}",
       flush=True,
     )
-    if arguments.write:
-      records = timing.read_records(path) if path.exists() else []
-      kept = {record["shape"]: record for record in records}
-      kept[name] = record
-      timing.write_records(path, [kept[n] for n in SHAPES if n in kept])
+    if options.write:
+      path = timing.results_path("bench_decode")
+      timing.merge_records(path, [record], key=("shape",))
+  return records
 
 
 if __name__ == "__main__":

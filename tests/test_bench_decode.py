@@ -1,0 +1,23 @@
+"""The decode benchmark runs, on a CPU, on a batch that means nothing."""
+
+import pytest
+
+from benchmarks import bench_decode
+
+
+def test_bench_decode_checks_and_records():
+  (record,) = bench_decode.main(["tiny"])
+  assert record["implementation"] == "xla"
+  assert record["ms_median"] > 0 and record["layer_ms"] > 0
+  assert 0 < record["touched_experts"] <= 6
+
+
+def test_bench_decode_refuses_a_wrong_layer(monkeypatch):
+  right = bench_decode.layer
+
+  def wrong(*args, **options):
+    return right(*args, **options).at[1].multiply(2)
+
+  monkeypatch.setattr(bench_decode, "layer", wrong)
+  with pytest.raises(AssertionError, match="tiny xla: off by"):
+    bench_decode.main(["tiny"])
