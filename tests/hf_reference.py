@@ -106,6 +106,10 @@ def forward(model):
   output = model(ids, labels=ids, output_router_logits=has_losses)
   if has_losses:
     expected["aux_loss"] = output.aux_loss.detach().numpy()
+    # What that loss is made of: (layers, T, E).
+    expected["router_logits"] = np.stack(
+      [scores.detach().numpy() for scores in output.router_logits]
+    )
   # The loss without the balancing, which families weigh differently.
   loss = torch.nn.functional.cross_entropy(
     output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
@@ -113,6 +117,7 @@ def forward(model):
   loss.backward()
   return expected | {
     "input_ids": ids.numpy(),
+    "version": np.array(transformers.__version__),
     "logits": output.logits.detach().numpy(),
     "loss": loss.detach().numpy(),
   }
