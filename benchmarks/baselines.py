@@ -4,7 +4,7 @@ A bound is what cannot be beaten; a baseline is what somebody would write
 instead. Peers that have to be installed are in `benchmarks.peers`.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +12,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from benchmarks import timing
-from benchmarks.shapes import normal
+from benchmarks.shapes import Shape, normal_array
 from scattermoe_jax.routing import Routing, input_rows
 
 _COPY_BYTES = 2 * 2**30
-
-
-def dense_product(
-  m: int, k: int, n: int, *, contract_rows: bool = False
-) -> Callable[[], Array]:
-  """Returns a call of `jnp.dot` of (m, k) and (k, n), in bfloat16.
-
-  Args:
-    m: rows.
-    k: contraction.
-    n: columns.
-    contract_rows: whether the first operand is (k, m), as in a weight
-      gradient.
-  """
-  a = normal(1, *((k, m) if contract_rows else (m, k)))
-  b = normal(2, k, n)
-  product = jax.jit(lambda a, b: jnp.dot(a.T if contract_rows else a, b))
-  return lambda: product(a, b)
 
 
 def copy_bandwidth(size: int = _COPY_BYTES) -> float:
@@ -64,18 +46,37 @@ def composed_mlp(
   return jnp.sum(gates[:, :, None] * choices, axis=1).astype(x.dtype)
 
 
-def dense_mlp_calls(shape, *, backward: bool) -> list[Callable[[], Array]]:
-  """Returns the dense products of a layer's FLOPs, each a call.
+class DenseOperands(NamedTuple):
+  """What the dense products of a layer multiply: all rows, one expert."""
+
+  rows: Float[Array, "S d"]
+  a: Float[Array, "S n"]
+  h: Float[Array, "S m"]
+  w_in: Float[Array, "d m"]
+  w_out: Float[Array, "n d"]
+
+
+def dense_operands(shape: Shape) -> DenseOperands:
+  """Returns normal data of the sizes of a layer's products."""
+  rows, d, n = shape.num_rows, shape.d_model, shape.d_expert
+  return DenseOperands(
+    normal_array(1, rows, d),
+    normal_array(2, rows, n),
+    normal_array(3, rows, 2 * n),
+    normal_array(4, d, 2 * n),
+    normal_array(5, n, d),
+  )
+
+
+def dense_mlp(
+  operands: DenseOperands, *, direction: str = "forward"
+) -> list[Array]:
+  """Returns the dense products of a layer's FLOPs and nothing else.
 
   The forward's two, and for a backward the four of its gradients as well.
   """
-  rows, d, n = shape.num_rows, shape.d_model, shape.d_expert
-  calls = [dense_product(rows, d, 2 * n), dense_product(rows, n, d)]
-  if backward:
-    calls += [
-      dense_product(rows, d, n),
-      dense_product(rows, 2 * n, d),
-      dense_product(n, rows, d, contract_rows=True),
-      dense_product(d, rows, 2 * n, contract_rows=True),
-    ]
-  return calls
+  rows, a, h, w_in, w_out = operands
+  products = [rows @ w_in, a @ w_out]
+  if direction != "forward":
+    products += [rows @ w_out.T, h @ w_in.T, a.T @ rows, rows.T @ h]
+  return products

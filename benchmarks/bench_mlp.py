@@ -1,7 +1,7 @@
 """How long does a training step of the SMoE MLP take, and in how much memory?
 
   python -m benchmarks.bench_mlp [--shapes C1 C3] [--implementations ...]
-      [--directions forward forward+backward] [--write]
+      [--directions forward forward+backward] [--peer-seconds 60] [--write]
 
 A SwiGLU layer in bfloat16, from x, top-k expert ids and gates to y, or to y and
 the gradients of x, gates and both weights. Sorting the ids is timed, choosing
@@ -16,12 +16,16 @@ them is not. All implementations of a shape take turns in one run:
 `peak_mib` is what a step needs beside its arguments: XLA's temporaries and the
 results, or what a peer's allocator says. `held_mib` is what is kept from the
 forward to the backward, less x, gates and weights. Before its time is printed,
-an implementation is compared with float32 on some tokens and on one expert.
+an implementation is compared with float32: y and the gradients of x and gates
+for some tokens, the weight gradients of one expert (of peers, the former).
+
+Records of what needs no installing are made first; peers are built after that,
+each in at most `--peer-seconds`, and measured in turns with all of the rest.
 """
 
-import argparse
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,17 +33,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import baselines, peers, timing
-from benchmarks.peers import Step
-from benchmarks.shapes import LAYERS, SHAPES, Shape, expert_ids, normal
+from benchmarks import baselines, command, peers, timing
+from benchmarks.compiling import Job, abstract, compile_together
+from benchmarks.peers import Layer, Step
+from benchmarks.shapes import LAYERS, Shape, expert_ids, normal_array
 from scattermoe_jax.ops import smoe_mlp
 from scattermoe_jax.routing import route
 from tests.accuracy import assert_accurate
 
 DIRECTIONS = ("forward", "forward+backward")
 IMPLEMENTATIONS = ("scattermoe_jax", "scattermoe_jax_chunked", "dense")
+KEY = ("shape", "direction", "routing", "implementation")
 _CHUNKS = 4
 _CHECKED_TOKENS = 8
+_CHECKED_ROWS = 64
 _MIB = 2**20
 
 
@@ -58,35 +65,57 @@ def inputs(shape: Shape, routing: str) -> Inputs:
   """Returns normal data, weights scaled to keep activations near one."""
   rows = (shape.num_tokens, shape.d_model)
   experts, d, n = shape.num_experts, shape.d_model, shape.d_expert
-  scale = jax.jit(lambda a, s: (a * s).astype(a.dtype), donate_argnums=0)
-  gates = jax.nn.softmax(normal(1, *rows[:1], shape.top_k, dtype=jnp.float32))
-  return Inputs(
-    normal(0, *rows),
-    gates,
-    scale(normal(2, experts, d, 2 * n), jnp.bfloat16(d**-0.5)),
-    scale(normal(3, experts, n, d), jnp.bfloat16(n**-0.5)),
-    expert_ids(shape, routing),
-    normal(4, *rows),
-  )
+
+  def make():
+    gates = normal_array(1, rows[0], shape.top_k, dtype=jnp.float32)
+    return Inputs(
+      normal_array(0, *rows),
+      jax.nn.softmax(gates),
+      normal_array(2, experts, d, 2 * n) * jnp.bfloat16(d**-0.5),
+      normal_array(3, experts, n, d) * jnp.bfloat16(n**-0.5),
+      expert_ids(shape, routing),
+      normal_array(4, *rows),
+    )
+
+  return jax.jit(make)()
 
 
-def jax_step(layer, data: Inputs, direction: str) -> Step:
-  """Returns a step of `layer(x, gates, w_in, w_out, expert_ids)`, compiled."""
+def step_of(layer: Layer, direction: str):
+  """Returns a step of `layer(x, gates, w_in, w_out, expert_ids)`."""
 
   def step(x, gates, w_in, w_out, ids, dy):
     forward = functools.partial(layer, expert_ids=ids)
     if direction == "forward":
-      return forward(x, gates, w_in, w_out)
+      return (forward(x, gates, w_in, w_out),)
     y, backward = jax.vjp(forward, x, gates, w_in, w_out)
     return y, *backward(dy)
 
-  compiled = jax.jit(step).lower(*data).compile()
-  memory = compiled.memory_analysis()
-  peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
-  return Step(lambda: compiled(*data), peak, held_bytes(layer, data))
+  return step
 
 
-def held_bytes(layer, data: Inputs) -> int:
+def jax_steps(
+  layers: Mapping[str, Layer], data: Inputs, directions: Sequence[str]
+) -> dict[tuple[str, str], Step]:
+  """Returns the steps of layers by name and direction, compiled together."""
+  shapes = abstract(data)
+  jobs = {
+    (name, direction): Job(step_of(layer, direction), tuple(shapes))
+    for name, layer in layers.items()
+    for direction in directions
+  }
+  steps = {}
+  for (name, direction), future in compile_together(jobs).items():
+    compiled = future.result()
+    memory = compiled.memory_analysis()
+    steps[name, direction] = Step(
+      functools.partial(compiled, *data),
+      memory.temp_size_in_bytes + memory.output_size_in_bytes,
+      held_bytes(layers[name], shapes) if direction != "forward" else None,
+    )
+  return steps
+
+
+def held_bytes(layer: Layer, data: Inputs) -> int:
   """Returns the bytes that `jax.vjp` of the layer keeps beside its inputs."""
   given = [data.x, data.gates, data.w_in, data.w_out]
 
@@ -102,7 +131,7 @@ def held_bytes(layer, data: Inputs) -> int:
   return sum(int(np.prod(s)) * dtype.itemsize for s, dtype in left)
 
 
-def ours(num_experts: int, backend: str | None, num_chunks: int = 1):
+def ours(num_experts: int, backend: str | None, num_chunks: int = 1) -> Layer:
   """Returns the library's layer."""
 
   def layer(x, gates, w_in, w_out, expert_ids):
@@ -120,7 +149,7 @@ def ours(num_experts: int, backend: str | None, num_chunks: int = 1):
   return layer
 
 
-def composed(num_experts: int):
+def composed(num_experts: int) -> Layer:
   """Returns the layer of `baselines.composed_mlp`."""
 
   def layer(x, gates, w_in, w_out, expert_ids):
@@ -130,62 +159,122 @@ def composed(num_experts: int):
   return layer
 
 
-def build(
-  implementation: str, shape: Shape, data: Inputs, direction: str, backend
-) -> Step:
-  """Returns the step of one implementation.
+def own_steps(
+  shape: Shape,
+  data: Inputs,
+  implementations: Sequence[str],
+  directions: Sequence[str],
+  backend: str | None,
+) -> dict[tuple[str, str], Step]:
+  """Returns the steps of all that needs no installing, checked."""
+  known = {
+    "scattermoe_jax": ours(shape.num_experts, backend),
+    "scattermoe_jax_chunked": ours(shape.num_experts, backend, _CHUNKS),
+    "composed": composed(shape.num_experts),
+  }
+  layers = {name: known[name] for name in implementations if name in known}
+  steps = jax_steps(layers, data, directions)
+  if "dense" in implementations:
+    operands = jax.jit(lambda: baselines.dense_operands(shape))()
+    jobs = {
+      direction: Job(
+        functools.partial(baselines.dense_mlp, direction=direction), (operands,)
+      )
+      for direction in directions
+    }
+    for direction, future in compile_together(jobs).items():
+      call = functools.partial(future.result(), operands)
+      steps["dense", direction] = Step(call)
+  return steps
 
-  Raises:
-    peers.Absent: if it is a peer that is not installed.
+
+class Truth(NamedTuple):
+  """Samples of y and all gradients: in float32, and in the inputs' dtype.
+
+  Attributes:
+    expert: whose weight gradients they are; its group is a middling one.
+    truth: y, dx and dgates of some tokens, some rows of dw_in and dw_out.
+    baseline: the same by plain XLA.
   """
-  experts = shape.num_experts
-  if implementation == "scattermoe_jax":
-    return jax_step(ours(experts, backend), data, direction)
-  if implementation == "scattermoe_jax_chunked":
-    return jax_step(ours(experts, backend, _CHUNKS), data, direction)
-  if implementation == "composed":
-    return jax_step(composed(experts), data, direction)
-  if implementation == "dense":
-    calls = baselines.dense_mlp_calls(shape, backward="back" in direction)
-    return Step(lambda: [call() for call in calls])
-  return peers.build(implementation, shape, data, direction)
 
-
-def token_layer(x, gates, w_in, w_out):
-  """One token: x (d), gates (k), and its experts' (k, d, 2n) and (k, n, d)."""
-  dots = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-  gate, up = jnp.split(dots("d,kdm->km", x, w_in), 2, axis=-1)
-  y = dots("kn,knd->kd", jax.nn.silu(gate) * up, w_out)
-  return dots("k,kd->d", gates.astype(y.dtype), y)
-
-
-def check(data: Inputs, results: Sequence[jax.Array]) -> None:
-  """Raises AssertionError unless y, dx and dgates are right on some tokens."""
-  num_tokens = data.x.shape[0]
-  tokens = range(0, num_tokens, max(1, num_tokens // _CHECKED_TOKENS))
-  truths, baselines_ = [], []
-  for t in tokens:
-    ids = data.expert_ids[t]
-    given = (data.x[t], data.gates[t], data.w_in[ids], data.w_out[ids])
-    given += (data.dy[t],)
-    truths.append(_token_step(*(a.astype(jnp.float32) for a in given)))
-    baselines_.append(_token_step(*(a.astype(data.x.dtype) for a in given)))
-  for got, name, truth, low in zip(
-    results,
-    ("y", "dx", "dgates"),
-    zip(*truths, strict=True),
-    zip(*baselines_, strict=True),
-    strict=False,
-  ):
-    got = got[jnp.asarray(tokens)].astype(data.x.dtype)
-    truth = np.asarray(jnp.stack(truth), np.float64)
-    assert_accurate(got, truth, jnp.stack(low), err_msg=name)
+  expert: jax.Array
+  truth: tuple[jax.Array, ...]
+  baseline: tuple[jax.Array, ...]
 
 
 @jax.jit
-def _token_step(x, gates, w_in, w_out, dy):
-  y, backward = jax.vjp(token_layer, x, gates, w_in, w_out)
-  return y, *backward(dy)[:2]
+def truth_of(data: Inputs) -> Truth:
+  """Returns what results are compared with."""
+  experts = data.w_in.shape[0]
+  sizes = jnp.zeros((experts,), jnp.int32).at[data.expert_ids].add(1)
+  expert = jnp.argsort(sizes)[experts // 2]
+
+  def samples(dtype):
+    dtype = jnp.dtype(dtype)
+    token = functools.partial(_token_step, data, dtype)
+    dw_in, dw_out = _expert_step(data, dtype, expert)
+    return (
+      *lax.map(token, _tokens(data)),
+      dw_in[_rows(dw_in)],
+      dw_out[_rows(dw_out)],
+    )
+
+  return Truth(expert, samples(jnp.float32), samples(data.x.dtype))
+
+
+def _token_step(data: Inputs, dtype, token):
+  """Returns y, dx and dgates of one token."""
+  ids = data.expert_ids[token]
+  given = (data.x[token], data.gates[token], data.w_in[ids], data.w_out[ids])
+
+  def layer(x, gates, w_in, w_out):
+    dots = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    gate, up = jnp.split(dots("d,kdm->km", x, w_in), 2, axis=-1)
+    y = dots("kn,knd->kd", jax.nn.silu(gate) * up, w_out)
+    return dots("k,kd->d", gates.astype(y.dtype), y)
+
+  y, backward = jax.vjp(layer, *(a.astype(dtype) for a in given))
+  return y, *backward(data.dy[token].astype(dtype))[:2]
+
+
+def _expert_step(data: Inputs, dtype, expert):
+  """Returns dw_in and dw_out of one expert; who is not its, has gate 0."""
+  mine = data.expert_ids == expert
+  gates = jnp.sum(jnp.where(mine, data.gates, 0.0), axis=1)
+  x, gates, dy = (a.astype(dtype) for a in (data.x, gates, data.dy))
+
+  def layer(w_in, w_out):
+    dots = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
+    gate, up = jnp.split(dots(x, w_in), 2, axis=-1)
+    return gates[:, None] * dots(jax.nn.silu(gate) * up, w_out)
+
+  weights = (data.w_in[expert], data.w_out[expert])
+  return jax.vjp(layer, *(w.astype(dtype) for w in weights))[1](dy)
+
+
+def _tokens(data: Inputs) -> jax.Array:
+  return jnp.arange(_CHECKED_TOKENS) * (data.x.shape[0] // _CHECKED_TOKENS)
+
+
+def _rows(dw: jax.Array) -> np.ndarray:
+  return np.linspace(0, dw.shape[0] - 1, _CHECKED_ROWS).astype(np.int32)
+
+
+@jax.jit
+def _sampled(data: Inputs, expert: jax.Array, results):
+  """Returns of a step's results what `Truth` has of them."""
+  of_tokens = [a[_tokens(data)].astype(data.x.dtype) for a in results[:3]]
+  return of_tokens + [a[expert][_rows(a[0])] for a in results[3:]]
+
+
+def check(data: Inputs, truth: Truth, results: Sequence[jax.Array]) -> None:
+  """Raises AssertionError unless samples of all results are right."""
+  sampled = _sampled(data, truth.expert, list(results))
+  names = ("y", "dx", "dgates", "dw_in", "dw_out")
+  for name, got, right, low in zip(
+    names, sampled, truth.truth, truth.baseline, strict=False
+  ):
+    assert_accurate(got, right, low, err_msg=name)
 
 
 def run(
@@ -195,56 +284,93 @@ def run(
   directions: Sequence[str] = DIRECTIONS,
   routing: str = "random",
   backend: str | None = None,
-  samples: int = 20,
-  sample_ms: float = 10.0,
-) -> list[dict[str, Any]]:
-  """Returns the records of one shape, having printed each."""
+  peer_seconds: float = 60.0,
+  **sampling: Any,
+) -> Iterator[list[dict[str, Any]]]:
+  """Yields the records of one shape, those of a direction together."""
+  start = time.perf_counter()
   data = inputs(shape, routing)
-  records = []
+  truth = truth_of(data)
+  steps = own_steps(shape, data, implementations, directions, backend)
+  _say(shape, "compiled", start)
+  start = time.perf_counter()
+  for (name, _), step in steps.items():
+    if name != "dense":
+      check(data, truth, step.call())
+  _say(shape, "right", start)
   for direction in directions:
-    steps = {}
-    for name in implementations:
-      try:
-        step = build(name, shape, data, direction, backend)
-        if name != "dense":
-          _check_or_say(name, data, step)
-        steps[name] = step
-      except peers.Absent as absent:
-        print(f"{shape.name} {direction} {name}: {absent}", flush=True)
-    taken = timing.time_interleaved(
-      {name: step.call for name, step in steps.items()},
-      samples=samples,
-      sample_ms=sample_ms,
-    )
-    flops = shape.flops * (3 if "backward" in direction else 1)
-    for name, time in taken.items():
-      step = steps[name]
-      record = {
-        "bench": "bench_mlp",
-        "shape": shape.name,
-        "direction": direction,
-        "routing": routing,
-        "implementation": name,
-        **time._asdict(),
-        "tflops": flops / time.ms_median / 1e9,
-        "peak_mib": _mib(step.peak_bytes),
-        "held_mib": _mib(step.held_bytes) if name != "dense" else None,
-      }
-      if "dense" in taken:
-        record["of_dense"] = taken["dense"].ms_median / time.ms_median
-      records.append(record)
-      print(_line(record), flush=True)
+    chosen = {
+      name: step for (name, of), step in steps.items() if of == direction
+    }
+    if chosen:
+      yield measured(shape, direction, routing, chosen, sampling)
+  wanted = [name for name in implementations if name in peers.PEERS]
+  for direction in directions if wanted else ():
+    chosen = {
+      name: step for (name, of), step in steps.items() if of == direction
+    }
+    found = built_peers(wanted, shape, data, truth, direction, peer_seconds)
+    if found:
+      yield measured(shape, direction, routing, chosen | found, sampling)
+
+
+def built_peers(
+  names: Sequence[str],
+  shape: Shape,
+  data: Inputs,
+  truth: Truth,
+  direction: str,
+  seconds: float,
+) -> dict[str, Step]:
+  """Returns the steps of the peers that are here; says why of the others."""
+  found = {}
+  for name in names:
+    start = time.perf_counter()
+    try:
+      step = peers.build(name, shape, data, direction, seconds=seconds)
+      check(data, truth, _arrays(step.call())[:3])
+    except peers.Absent as absent:
+      print(f"{shape.name} {direction} {name}: {absent}", flush=True)
+      continue
+    except AssertionError as error:
+      # Said, not left out.
+      print(f"{name} is less accurate than twice XLA's rounding: {error}")
+    _say(shape, f"{name} {direction} is ready", start)
+    found[name] = step
+  return found
+
+
+def measured(
+  shape: Shape,
+  direction: str,
+  routing: str,
+  steps: Mapping[str, Step],
+  sampling: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+  """Returns the records of steps that took turns, having printed each."""
+  calls = {name: step.call for name, step in steps.items()}
+  taken = timing.time_interleaved(calls, **sampling)
+  flops = shape.flops * (1 if direction == "forward" else 3)
+  records = []
+  for name, took in taken.items():
+    step = steps[name]
+    record = {
+      "shape": shape.name,
+      "direction": direction,
+      "routing": routing,
+      "implementation": name,
+      **took._asdict(),
+      "tflops": flops / took.ms_median / 1e9,
+      "peak_mib": _mib(step.peak_bytes),
+      "held_mib": _mib(step.held_bytes),
+    }
+    if "dense" in taken:
+      record["of_dense"] = taken["dense"].ms_median / took.ms_median
+    if step.note:
+      record["note"] = step.note
+    records.append(record)
+    print(_line(record), flush=True)
   return records
-
-
-def _check_or_say(name: str, data: Inputs, step: Step) -> None:
-  """Checks a step; a peer of less accuracy is said so, not left out."""
-  try:
-    check(data, _arrays(step.call()))
-  except AssertionError as error:
-    if name not in peers.PEERS:
-      raise
-    print(f"{name} is less accurate than twice XLA's rounding: {error}")
 
 
 def _arrays(results) -> list[jax.Array]:
@@ -254,6 +380,11 @@ def _arrays(results) -> list[jax.Array]:
 
 def _mib(num_bytes: int | None) -> float | None:
   return None if num_bytes is None else num_bytes / _MIB
+
+
+def _say(shape: Shape, what: str, start: float) -> None:
+  seconds = time.perf_counter() - start
+  print(f"{shape.name}: {what} after {seconds:.1f} s", flush=True)
 
 
 def _line(r: dict[str, Any]) -> str:
@@ -269,34 +400,23 @@ def _line(r: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Measures, prints and, with --write, stores."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--shapes", nargs="+", default=list(LAYERS))
+  parser = command.parser(__doc__, shapes=LAYERS)
   parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS)
   parser.add_argument("--directions", nargs="+", default=DIRECTIONS)
   parser.add_argument("--routing", default="random")
   parser.add_argument("--backend", default=None)
-  parser.add_argument("--samples", type=int, default=20)
-  parser.add_argument("--sample-ms", type=float, default=10.0)
-  parser.add_argument("--write", action="store_true")
+  parser.add_argument("--peer-seconds", type=float, default=60.0)
   options = parser.parse_args(arguments)
-  records = []
-  for name in options.shapes:
-    records += run(
-      SHAPES[name],
-      implementations=options.implementations,
-      directions=options.directions,
-      routing=options.routing,
-      backend=options.backend,
-      samples=options.samples,
-      sample_ms=options.sample_ms,
-    )
-    if options.write:
-      timing.merge_records(
-        timing.results_path("bench_mlp"),
-        records,
-        key=("shape", "direction", "routing", "implementation"),
-      )
-  return records
+  measure = functools.partial(
+    run,
+    implementations=options.implementations,
+    directions=options.directions,
+    routing=options.routing,
+    backend=options.backend,
+    peer_seconds=options.peer_seconds,
+    **command.sampling(options),
+  )
+  return command.measure_each(options, measure, bench="bench_mlp", key=KEY)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ in cache only where they are smaller than it: here they are not.
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -277,8 +277,8 @@ def run(
   bandwidth: float,
   samples: int = 20,
   sample_ms: float = 4.0,
-) -> list[dict[str, Any]]:
-  """Returns the records of one shape, having printed each.
+) -> Iterator[list[dict[str, Any]]]:
+  """Yields the records of one shape, those of an op together.
 
   Args:
     shape: the problem.
@@ -309,7 +309,6 @@ def run(
     f"after {time.perf_counter() - compiled:.1f} s",
     flush=True,
   )
-  records = []
   for op in ops:
     product = products(shape)[op]
     calls = {
@@ -324,23 +323,23 @@ def run(
     taken = timing.time_interleaved(calls, samples=samples, sample_ms=sample_ms)
     flops = 2 * shape.num_rows * product.widths[0] * product.widths[1]
     num_bytes = _bytes_moved(shape, product, *operands[op])
-    for (implementation, routing), took in taken.items():
-      records.append(
-        {
-          "shape": shape.name,
-          "op": op,
-          "routing": routing,
-          "implementation": implementation,
-          **took._asdict(),
-          "tflops": flops / took.ms_median / 1e9,
-          "of_dense": taken["dense", "even"].ms_median / took.ms_median,
-          "of_bytes_bound": num_bytes / bandwidth * 1e3 / took.ms_median,
-          "gb_per_s": num_bytes / took.ms_median / 1e6,
-          "copy_gb_per_s": bandwidth / 1e9,
-        }
-      )
-      print(_line(records[-1]), flush=True)
-  return records
+    records = [
+      {
+        "shape": shape.name,
+        "op": op,
+        "routing": routing,
+        "implementation": implementation,
+        **took._asdict(),
+        "tflops": flops / took.ms_median / 1e9,
+        "of_dense": taken["dense", "even"].ms_median / took.ms_median,
+        "of_bytes_bound": num_bytes / bandwidth * 1e3 / took.ms_median,
+        "gb_per_s": num_bytes / took.ms_median / 1e6,
+        "copy_gb_per_s": bandwidth / 1e9,
+      }
+      for (implementation, routing), took in taken.items()
+    ]
+    print("\n".join(map(_line, records)), flush=True)
+    yield records
 
 
 def _problem(shape: Shape, product: Product) -> Problem:

@@ -1,7 +1,7 @@
 """What the commands of the benchmarks have in common: flags and records."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks import timing
@@ -32,34 +32,24 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure_each(
   options: argparse.Namespace,
-  measure: Callable[[Shape], list[Record]],
+  measure: Callable[[Shape], Iterable[list[Record]]],
   *,
   bench: str,
   key: Sequence[str],
 ) -> list[Record]:
-  """Returns the records of all shapes; each shape's are stored when made.
+  """Returns the records of all shapes, each stored as soon as it is made.
 
   Args:
     options: from `parser`.
-    measure: returns the records of one shape.
+    measure: makes the records of one shape, some at a time.
     bench: the benchmark's name, of its file of records too.
     key: fields by which a new record replaces an old one.
   """
   records = []
   for name in options.shapes:
-    made = [{"bench": bench, **record} for record in measure(SHAPES[name])]
-    store(options, made, bench=bench, key=key)
-    records += made
+    for made in measure(SHAPES[name]):
+      made = [{"bench": bench, **record} for record in made]
+      if options.write:
+        timing.merge_records(timing.results_path(bench), made, key=key)
+      records += made
   return records
-
-
-def store(
-  options: argparse.Namespace,
-  records: Sequence[Record],
-  *,
-  bench: str,
-  key: Sequence[str],
-) -> None:
-  """Adds the records to the benchmark's file, if `--write` was given."""
-  if options.write and records:
-    timing.merge_records(timing.results_path(bench), records, key=key)

@@ -74,14 +74,26 @@ def test_bench_mlp_checks_and_records():
   assert step["scattermoe_jax"]["peak_mib"] > 0
 
 
-def test_bench_mlp_refuses_a_wrong_layer(monkeypatch):
-  right = bench_mlp.smoe_mlp
-  wrong = lambda *args, **kwargs: -right(*args, **kwargs)
-  monkeypatch.setattr(bench_mlp, "smoe_mlp", wrong)
-  with pytest.raises(AssertionError, match="y: off by"):
+@pytest.mark.parametrize(
+  ("named", "result"), [("y", 0), ("dgates", 2), ("dw_in", 3), ("dw_out", 4)]
+)
+def test_bench_mlp_refuses_a_wrong_step(named, result, monkeypatch):
+  right = bench_mlp.step_of
+
+  def wrong(layer, direction):
+    def step(*args):
+      results = list(right(layer, direction)(*args))
+      results[result] *= -1
+      return tuple(results)
+
+    return step
+
+  monkeypatch.setattr(bench_mlp, "step_of", wrong)
+  with pytest.raises(AssertionError, match=f"{named}: off by"):
     bench_mlp.main(
       ["--shapes", "tiny", "--backend", "xla", "--samples", "2"]
-      + ["--implementations", "scattermoe_jax", "--directions", "forward"]
+      + ["--implementations", "scattermoe_jax"]
+      + ["--directions", "forward+backward"]
     )
 
 
