@@ -312,6 +312,8 @@ def run(
     found = built_peers(wanted, shape, data, truth, direction, peer_seconds)
     if found:
       yield measured(shape, direction, routing, chosen | found, sampling)
+    del found
+    peers.release()
 
 
 def built_peers(

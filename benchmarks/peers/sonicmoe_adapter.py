@@ -1,8 +1,17 @@
-"""SonicMoE (Guo et al., 2025): its autograd functions, after the router."""
+"""SonicMoE (Guo et al., 2025): its autograd functions, after the router.
+
+Its products choose their tiles by measuring all there are when a shape comes
+first: seconds, where the tiles were compiled before (QUACK_CACHE_DIR), minutes
+where not. The sum of k rows would compile dozens of Triton kernels for each
+shape; here it chooses among the widths of a row that one block may hold, all k
+rows at once.
+"""
 
 import jax.numpy as jnp
 
 from benchmarks.peers import Step, torch_step
+
+_NOTE = "tiles by its own tuner, among all; sums of k rows among four"
 
 
 def build(shape, data, direction: str) -> Step:
@@ -27,6 +36,7 @@ def build(shape, data, direction: str) -> Step:
     for w in (data.w_in, data.w_out)
   )
   rows, experts, k = shape.num_rows, shape.num_experts, shape.top_k
+  _prune_sums()
 
   def forward():
     empty = lambda size: torch.empty(size, dtype=torch.int32, device=x.device)
@@ -46,4 +56,24 @@ def build(shape, data, direction: str) -> Step:
       ActivationType.SWIGLU,
     )  # fmt: skip
 
-  return torch_step.make_step(forward, [x, gates, w_in, w_out], dy, direction)
+  step = torch_step.make_step(forward, [x, gates, w_in, w_out], dy, direction)
+  return step._replace(note=_NOTE)
+
+
+def _prune_sums() -> None:
+  """Leaves of the tiles of the sum of k rows those of all k rows at once."""
+  from sonicmoe.functional.reduction_over_k_gather import (
+    token_gather_sum_kernel,
+  )
+
+  def prune(configs, nargs, *, MAX_K, **_):
+    k = 1 << (MAX_K - 1).bit_length()
+    return [
+      config
+      for config in configs
+      if config.kwargs["BLOCK_K"] == k
+      and 512 <= config.kwargs["BLOCK_H"] <= 4096
+      and config.num_warps == (8 if k * config.kwargs["BLOCK_H"] > 8192 else 4)
+    ]
+
+  token_gather_sum_kernel.early_config_prune = prune
