@@ -12,9 +12,11 @@ from jax.test_util import check_grads
 import scattermoe_jax as sm
 from benchmarks import bench_attention
 from scattermoe_jax import nn as smnn
+from scattermoe_jax.kernels import mosaic
 from scattermoe_jax.ops import linear_combine
 from tests import oracle
 from tests.accuracy import assert_accurate
+from tests.test_lowering import described
 
 B, L, D, E, K, H, C = 2, 7, 12, 6, 2, 3, 8
 T = B * L
@@ -36,6 +38,16 @@ def randomized(layer, x):
   return jax.tree.map(
     lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.4, a.dtype), shapes
   )
+
+
+@contextlib.contextmanager
+def as_users_have_it():
+  """JAX's own settings for promotion, which a program runs under."""
+  with (
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
+    yield
 
 
 def slow_rotary(vector, position, theta=10000.0):
@@ -217,7 +229,8 @@ def linear_inputs(dtype=np.float64):
   return ids, [jnp.asarray(a.astype(dtype)) for a in arrays]
 
 
-def test_linear_combine_equals_its_definition():
+@pytest.mark.parametrize("order", ["scattered", "grouped"])
+def test_linear_combine_equals_its_definition(order):
   ids, (x, gates, w) = linear_inputs(np.float32)
   routing = sm.route(jnp.asarray(ids), E)
   rows = oracle.scatter2scatter(x, w, ids).reshape(T, K, -1)
@@ -225,14 +238,42 @@ def test_linear_combine_equals_its_definition():
   baseline = sm.combine(
     sm.parallel_linear(x, w, routing, grouped_out=True), gates, routing
   )
-  assert_accurate(linear_combine(x, gates, routing, w), expected, baseline)
+  grouped_in = order == "grouped"
+  if grouped_in:
+    x = x[routing.scattered_ids]
+  got = linear_combine(x, gates, routing, w, grouped_in=grouped_in)
+  assert_accurate(got, expected, baseline)
 
 
-def test_linear_combine_gradients(x64):
+@pytest.mark.parametrize("order", ["scattered", "grouped"])
+def test_linear_combine_gradients(x64, order):
   ids, arrays = linear_inputs()
   routing = sm.route(jnp.asarray(ids), E)
-  f = jax.jit(lambda x, gates, w: linear_combine(x, gates, routing, w))
+  f = jax.jit(
+    lambda x, gates, w: linear_combine(
+      x, gates, routing, w, grouped_in=order == "grouped"
+    )
+  )
   check_grads(f, arrays, 1, modes=["rev"])
+
+
+@pytest.mark.parametrize("order", ["scattered", "grouped"])
+def test_rows_that_are_not_here_have_no_gradients(order):
+  ids, (x, gates, w) = linear_inputs(np.float32)
+  routing = sm.route(jnp.asarray(ids), E)
+  grouped_in = order == "grouped"
+  gone = ids.reshape(-1) == E
+  if grouped_in:
+    gone = gone[np.asarray(routing.scattered_ids)]
+  assert gone.any()
+  x = jnp.where(gone[:, None], jnp.nan, x)
+  f = lambda x, gates, w: linear_combine(
+    x, gates, routing, w, grouped_in=grouped_in
+  )
+  y, backward = jax.vjp(f, x, gates, w)
+  dx, dgates, dw = backward(jnp.ones_like(y))
+  assert np.all(np.isfinite(y)) and np.all(np.isfinite(dw))
+  assert not np.any(dx[gone]) and not np.any(dgates[ids == E])
 
 
 def test_linear_combine_keeps_no_expanded_output():
@@ -259,6 +300,66 @@ def test_moa_keeps_the_attention_output_once():
   assert (T * K, H * C) not in shapes
 
 
+def equations(jaxpr):
+  """Yields the equations of a jaxpr and of what it calls, but for kernels."""
+  for equation in jaxpr.eqns:
+    yield equation
+    if equation.primitive.name not in ("mpmd_map", "pallas_call"):
+      for value in jax.tree.leaves(tuple(equation.params.values())):
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns"):
+          yield from equations(inner)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+  """Traces and lowers as on an H100 with cuDNN, neither of which is here."""
+  if mosaic.missing_feature():
+    pytest.skip(mosaic.missing_feature())
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+  with described("NVIDIA H100 80GB HBM3"), as_users_have_it():
+    yield
+
+
+def test_moa_on_hopper_copies_nothing_wide(on_hopper):
+  top_k, heads, width, d, tokens = 4, 2, 64, 640, 128
+  layer = smnn.MixtureOfAttention(
+    num_experts=8, top_k=top_k, num_heads=heads, head_dim=width,
+    dtype=jnp.bfloat16,
+  )  # fmt: skip
+  x = jax.ShapeDtypeStruct((2, tokens // 2, d), jnp.bfloat16)
+  params = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+  def train(params, x, dy):
+    y, backward = jax.vjp(lambda p, x: layer.apply(p, x)[0], params, x)
+    return y, backward(dy)
+
+  traced = jax.jit(train).trace(params, x, x)
+  made = {}
+  for equation in equations(traced.jaxpr.jaxpr):
+    name = equation.primitive.name.replace("-", "_")
+    made.setdefault(name, []).extend(out.aval for out in equation.outvars)
+  wide = lambda avals: [a for a in avals if a.size >= tokens * top_k * d]
+  # The sum over the choices of a token: of y, and of dx.
+  assert [a.shape for a in wide(made["gather"])] == [(tokens, top_k, d)] * 2
+  for name in ("scatter", "scatter_add", "concatenate", "transpose", "sort"):
+    assert not wide(made.get(name, []))
+  # Only the k largest logits have gradients that are added where they belong.
+  assert [a.shape for a in made["scatter_add"]] == [(tokens, 8)]
+
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@mosaic_gpu_v2(") == 6
+  calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
+  assert ["Backward" in line for line in calls] == [False, True]
+  shape = "tensor<2x64x{}x64xbf16>".format
+  queries, keys = shape(top_k * heads), shape(heads)
+  for line in calls:
+    assert f"({queries}, {keys}, {keys}" in line
+
+
 def test_moa_under_bfloat16_remat_and_scan():
   x = tokens(dtype=jnp.bfloat16)
   layer = module(dtype=jnp.bfloat16)
@@ -279,16 +380,6 @@ def test_moa_under_bfloat16_remat_and_scan():
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     assert a.dtype == jnp.float32 and np.any(b)
     assert np.abs(a - b).max() <= 0.02 * np.abs(b).max()
-
-
-@contextlib.contextmanager
-def as_users_have_it():
-  """JAX's own settings for promotion, which a program runs under."""
-  with (
-    jax.numpy_dtype_promotion("standard"),
-    jax.numpy_rank_promotion("allow"),
-  ):
-    yield
 
 
 def test_benchmark_checks_and_times_a_tiny_layer(capsys):

@@ -6,8 +6,11 @@
     o_tj = attention of q_tj over the K, V of all tokens    (shared, dense)
     y_t  = sum_j g_j o_tj W_O[e_j]
 
-Attention needs the order of the tokens, so both projections read and write
-scattered rows, and one routing serves both.
+Attention needs the order of the tokens: both projections take and give rows in
+scattered order, and one routing serves both. Nothing as wide as the model is
+copied for it: the products gather x and dy themselves. The narrow rows of heads
+are written once more in any case, to turn them and to put those of one K, V
+side by side; their order changes in the same pass.
 """
 
 import functools
@@ -34,6 +37,7 @@ from scattermoe_jax.nn.rotary import RopeScaling, rotary_embedding
 from scattermoe_jax.nn.router import Router, Scoring
 from scattermoe_jax.nn.smoe import SMoEMetrics, route_with_metrics
 from scattermoe_jax.ops import linear_combine
+from scattermoe_jax.ops.rows import group_rows, ungroup_rows
 from scattermoe_jax.routing import Routing
 
 
@@ -142,8 +146,9 @@ class MixtureOfAttention(nn.Module):
     routing, metrics = route_with_metrics(
       routed, None if segment_ids is None else (segment_ids != 0).reshape(-1)
     )
-    query = self._query()(x.reshape(-1, d), routing)
+    query = self._query()(x.reshape(-1, d), routing, grouped_out=True)
     key, value = self._key_value(x)
+    query = ungroup_rows(query, routing)
     query = _to_head_order(
       query.reshape(batch, length, self.top_k, self.num_heads, self.head_dim)
     )
@@ -221,7 +226,7 @@ class MixtureOfAttention(nn.Module):
 
   def _output(self, d):
     # A flash kernel keeps its output for its own backward, in head order. Under
-    # remat the token order is made from it again, and the rows are kept once;
+    # remat the grouped rows are made from it again, and are not kept as well;
     # nothing else runs twice, since the product's result is not a residual.
     return nn.remat(_OutputProjection)(
       features=d,
@@ -254,6 +259,7 @@ class _OutputProjection(nn.Module):
     routing: Routing,
   ) -> Float[Array, "T d"]:
     rows = _to_token_order(heads, self.top_k).reshape(routing.num_rows, -1)
+    rows = group_rows(rows, routing)
     kernel = self.param(
       "kernel",
       self.kernel_init,
@@ -272,6 +278,7 @@ class _OutputProjection(nn.Module):
       gates,
       routing,
       kernel,
+      grouped_in=True,
       precision=self.precision,
       implementation=self.implementation,
     )

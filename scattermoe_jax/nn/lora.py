@@ -228,6 +228,7 @@ def adapted_linear_combine(
   w: Float[Array, "E n d"],
   *,
   adapter: Tree | None,
+  grouped_in: bool = False,
   precision: lax.PrecisionLike = None,
   implementation: str | None = None,
 ) -> Float[Array, "T d"]:
@@ -239,18 +240,21 @@ def adapted_linear_combine(
     routing: see there.
     w: see there.
     adapter: "a" (E, n, r) and "b" (E, r, d), or None.
+    grouped_in: see there.
     precision: see there.
     implementation: see there.
   """
   options: dict[str, Any] = dict(
     precision=precision, implementation=implementation
   )
-  y = linear_combine(x, gates, routing, w, **options)
+  y = linear_combine(x, gates, routing, w, grouped_in=grouped_in, **options)
   if adapter is None:
     return y
   a, b = (adapter[name].astype(x.dtype) for name in "ab")
-  xa = parallel_linear(x, a, routing, **options)
-  return y + linear_combine(xa, gates, routing, b, **options)
+  xa = parallel_linear(
+    x, a, routing, grouped_in=grouped_in, grouped_out=True, **options
+  )
+  return y + linear_combine(xa, gates, routing, b, grouped_in=True, **options)
 
 
 def _pairs(adapters: Tree) -> dict[tuple[str, ...], tuple[Array, Array]]:

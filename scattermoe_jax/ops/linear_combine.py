@@ -10,8 +10,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import vary_over, varying_axes
-from scattermoe_jax.kernels import accumulator_dtype, choose_backend
+from scattermoe_jax.kernels import choose_backend
 from scattermoe_jax.ops import checks
+from scattermoe_jax.ops.activations import get_activation
 from scattermoe_jax.ops.combine import weigh_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.parallel_linear import linear_problems
@@ -25,6 +26,7 @@ def linear_combine(
   routing: Routing,
   w: Float[Array, "E n d"],
   *,
+  grouped_in: bool = False,
   precision: lax.PrecisionLike = None,
   implementation: str | None = None,
 ) -> Float[Array, "T d"]:
@@ -32,13 +34,15 @@ def linear_combine(
 
     y[t] = sum_j gates[t, j] (x[t k + j] @ w[e])          e = expert j of t
 
-  The output projection of a mixture of attention: x stays in token order.
+  The output projection of a mixture of attention.
 
   Args:
-    x: one row per choice, in scattered order.
+    x: one row per choice, in scattered order, or in grouped order if
+      `grouped_in`.
     gates: the weight of each choice.
     routing: from `route`.
     w: one matrix per expert.
+    grouped_in: whether x is in grouped order.
     precision: of the products, as `jax.lax.dot_general` takes it.
     implementation: "mosaic", "triton" or "xla"; None for the first that can.
 
@@ -56,7 +60,7 @@ def linear_combine(
   layer; SonicMoE (Guo et al., 2025, arXiv 2512.14080), algorithm 3, for the
   gate gradient.
   """
-  checks.check_rows("linear_combine", x, routing, grouped=False)
+  checks.check_rows("linear_combine", x, routing, grouped=grouped_in)
   if jnp.shape(x)[0] != routing.num_rows:
     raise ValueError(
       f"linear_combine: x has {jnp.shape(x)[0]} rows; this routing needs S = "
@@ -70,19 +74,27 @@ def linear_combine(
   )
   routing = check_placement("linear_combine", backend, routing)
   x, gates, w = vary_over((x, gates, w), varying_axes(x, gates, w, routing))
-  return _linear_combine(_Static(backend, precision), x, gates, w, routing)
+  static = _Static(backend, grouped_in, precision)
+  return _linear_combine(static, x, gates, w, routing)
 
 
 class _Static(NamedTuple):
   backend: ModuleType
+  grouped_in: bool
   precision: lax.PrecisionLike
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_combine(static, x, gates, w, routing):
+  backend, grouped_in, precision = static
   # Grouped rows out, and each token gathers its own: no scatter, no atomics.
-  y_rows = static.backend.scatter2scatter(
-    x, w, routing, grouped_out=True, precision=static.precision
+  y_rows = backend.scatter2scatter(
+    x,
+    w,
+    routing,
+    grouped_in=grouped_in,
+    grouped_out=True,
+    precision=precision,
   )
   return weigh_choices(y_rows, gates, routing)
 
@@ -93,25 +105,31 @@ def _fwd(static, x, gates, w, routing):
 
 
 def _bwd(static, residuals, dy):
-  backend, precision = static
+  backend, grouped_in, precision = static
   residuals, dy = first_derivative_only("linear_combine", (residuals, dy))
   x, gates, w, routing = residuals
-  wide = accumulator_dtype(x.dtype)
-  # dx' = dy w^T, before the gates, in token order as x is
-  dx_rows = backend.scatter2scatter(
-    dy, w, routing, transpose_w=True, precision=precision
-  ).astype(wide)
-  row_gates = gates.reshape(-1, 1).astype(wide)
-  dgates = jnp.sum(dx_rows * x.astype(wide), axis=1).reshape(gates.shape)
-  # Whatever a row of x holds that is not here, its gate has no gradient.
-  here = routing.expert_ids[routing.grouped_ids] < routing.num_experts
-  dgates = jnp.where(here, dgates, jnp.zeros_like(dgates))
-  dx = row_gates * dx_rows
-  weighted_x = row_gates * x.astype(wide)
-  dw = backend.group_xty(
-    weighted_x.astype(x.dtype), dy, routing, precision=precision
+  # The second half of an MLP without an activation: dx' = dy w^T before the
+  # gates, dgates = <dx', x>, dx = gates dx'. All in grouped order: rows are n
+  # wide, and it is dy, as wide as the model, that is gathered and not copied.
+  dx, weighted_x, row_dgates = backend.down_projection_grad(
+    dy,
+    w,
+    x if grouped_in else x[routing.scattered_ids],
+    gates.reshape(-1)[routing.scattered_ids],
+    routing,
+    activation=get_activation("identity", gated=False),
+    precision=precision,
   )
-  return dx.astype(x.dtype), dgates.astype(gates.dtype), dw, None
+  dw = backend.group_xty(
+    weighted_x, dy, routing, x_grouped=True, precision=precision
+  )
+  if not grouped_in:
+    dx = dx[routing.grouped_ids.reshape(-1)]
+  # Whatever a row of x holds that is not here, its gate has no gradient.
+  here = routing.expert_ids < routing.num_experts
+  row_dgates = jnp.where(here, row_dgates, jnp.zeros_like(row_dgates))
+  dgates = row_dgates[routing.grouped_ids]
+  return dx, dgates.astype(gates.dtype), dw, None
 
 
 _linear_combine.defvjp(_fwd, _bwd)

@@ -30,6 +30,26 @@ def sum_rows(
   return sum_choices(rows, routing)
 
 
+@jax.custom_vjp
+def group_rows(
+  rows: Float[Array, "S n"], routing: Routing
+) -> Float[Array, "S n"]:
+  """Returns scattered rows in grouped order.
+
+  For narrow rows that another pass writes anyway: XLA makes the gather part of
+  it. Residuals: the ids of `routing`.
+  """
+  return rows[routing.scattered_ids]
+
+
+@jax.custom_vjp
+def ungroup_rows(
+  rows: Float[Array, "S n"], routing: Routing
+) -> Float[Array, "S n"]:
+  """Returns grouped rows in scattered order; see `group_rows`."""
+  return rows[routing.grouped_ids.reshape(-1)]
+
+
 repeat_tokens.defvjp(
   lambda x, routing: (repeat_tokens(x, routing), routing),
   lambda routing, drows: (sum_rows(drows, routing), None),
@@ -37,4 +57,12 @@ repeat_tokens.defvjp(
 sum_rows.defvjp(
   lambda rows, routing: (sum_rows(rows, routing), routing),
   lambda routing, dout: (repeat_tokens(dout, routing), None),
+)
+group_rows.defvjp(
+  lambda rows, routing: (group_rows(rows, routing), routing),
+  lambda routing, dout: (ungroup_rows(dout, routing), None),
+)
+ungroup_rows.defvjp(
+  lambda rows, routing: (ungroup_rows(rows, routing), routing),
+  lambda routing, dout: (group_rows(dout, routing), None),
 )
