@@ -1,8 +1,13 @@
 """The Triton kernels lower for every GPU they claim, without one here."""
 
+import functools
+import warnings
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxlib.mlir import ir
+from jaxlib.triton import dialect as triton_dialect
 
 from scattermoe_jax import ops
 from scattermoe_jax.kernels import triton
@@ -16,6 +21,7 @@ DEVICES = {
   "NVIDIA B200": 148,
   "NVIDIA RTX PRO 6000 Blackwell Server Edition": 188,
 }
+# Of a custom call that holds a kernel.
 TARGET = "__gpu$xla.gpu.triton"
 
 
@@ -29,11 +35,33 @@ def described(kind):
   return jax.sharding.use_abstract_mesh(mesh)
 
 
+def structs(*shapes):
+  return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+
+
 def lowered(f, *shapes):
-  structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-  return (
-    jax.jit(f).trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
-  )
+  traced = jax.jit(f).trace(*structs(*shapes))
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernel_text(f, *shapes):
+  """Returns the Triton code of the one kernel of f, which travels as bytes."""
+  module = jax.jit(f).trace(*structs(*shapes))
+  module = module.lower(lowering_platforms=("cuda",)).compiler_ir()
+  found = []
+
+  def look(op):
+    if op.name == "stablehlo.custom_call" and TARGET in str(
+      op.attributes["call_target_name"]
+    ):
+      found.append(op.attributes["mhlo.backend_config"]["ir"].value_bytes)
+    return ir.WalkResult.ADVANCE
+
+  module.operation.walk(look)
+  (code,) = found
+  with ir.Context() as context, ir.Location.unknown():
+    triton_dialect.register_dialect(context)
+    return str(ir.Module.parse(code))
 
 
 @pytest.mark.parametrize("kind", DEVICES)
@@ -102,16 +130,35 @@ def test_precision_decides_tensor_float_32():
 
 def test_offsets_past_two_billion_elements_are_64_bit():
   # The only difference is the size of w, and with it the width of offsets.
-  def text_of(num_experts):
+  def kernel(num_experts):
     f = lambda x, w, ids: triton.scatter2scatter(
       x, w, route(ids, num_experts), config=TritonConfig(16, 128, 64, 3, 4)
     )
     with described("NVIDIA H100 80GB HBM3"):
-      return lowered(
+      return kernel_text(
         f,
         ((8, 4096), jnp.bfloat16),
         ((num_experts, 4096, 4096), jnp.bfloat16),
         ((8, 2), jnp.int32),
       )
 
-  assert "i64" in text_of(129)
+  assert "i64" in kernel(129) and "i64" not in kernel(127)
+
+
+def test_a_users_log_has_no_deprecation_warning():
+  # JAX would speak at each lowering, and "always" shows it every time.
+  def f(x, w, ids, config):
+    return triton.scatter2scatter(x, w, route(ids, 4), config=config)
+
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    with described("NVIDIA L4"):
+      for num_stages in (2, 3):
+        config = TritonConfig(16, 32, 32, num_stages, 4)
+        lowered(
+          functools.partial(f, config=config),
+          ((16, 32), jnp.bfloat16),
+          ((4, 32, 32), jnp.bfloat16),
+          ((16, 2), jnp.int32),
+        )
+  assert not [str(w.message) for w in caught]
