@@ -1,26 +1,29 @@
 """What does a mixture of attention cost beside dense attention and regrouping?
 
   python -m benchmarks.bench_attention [--top-k 8 4 2 1] [--directions ...]
-      [--implementation mosaic|triton|xla] [--tiny] [--budget-seconds 150]
-      [--write]
+      [--layers moa dense ...] [--implementation mosaic|triton|xla] [--tiny]
+      [--budget-seconds 150] [--write]
 
-Three attention layers of the same active heads, in bfloat16 on normal data:
+Attention layers of the same active heads, in bfloat16 on normal data:
 
-  moa      `MixtureOfAttention`: rows read and written in token order
+  moa      `MixtureOfAttention`
   dense    multi-head attention, keys and values of all heads
   regroup  moa's parameters and arithmetic, built the usual way: copy the rows
            into expert order, multiply, copy back, attend, copy, multiply, copy
-           back, weigh and sum; the same grouped matmul kernel, and copies whose
-           backward is a copy
+           back, weigh and sum; the same grouped matmul kernel. Each copy is a
+           pass of its own, as in a library of separate kernels, and so is its
+           backward
+  regroup_fused  the same, where XLA may make copies part of their neighbours:
+           it does so with the copies back, as moa is built to
 
 T = 16 x 2048 tokens, d = 4096, 32 active heads of 128; k experts of 32 / k
-heads each, E = 8 k; causal, rotary positions, one attention core for all three.
+heads each, E = 8 k; causal, rotary positions, one attention core for all.
 The router's weights are random and its load nearly even. `training` is y and
 the gradient of every parameter and of x.
 
 Before a time is printed, the measured programs themselves are checked: y of the
 first sequence, and all gradients where only its dy is not zero, against plain
-float32; everything at full size, moa against regroup.
+float32; everything at full size, moa against both regroups.
 
 Most of a run is compiling. The first k is compiled, measured and stored alone,
 the others then together. XLA's own products are cuBLAS's, in every layer:
@@ -45,7 +48,7 @@ from scattermoe_jax.ops import parallel_linear
 from scattermoe_jax.routing import Routing, input_rows, route
 from tests.accuracy import assert_accurate
 
-LAYERS = ("moa", "dense", "regroup")
+LAYERS = ("moa", "dense", "regroup", "regroup_fused")
 DIRECTIONS = ("forward", "training")
 # On a bfloat16 result of thousands of terms, summed in another order.
 _AGREEMENT = 0.02
@@ -111,12 +114,14 @@ def moa_module(shape: Shape, implementation: str | None, dtype=jnp.bfloat16):
 
 
 def layers(shape: Shape, implementation: str | None) -> dict[str, Layer]:
-  """Returns the three layers by name: functions of (params, x)."""
+  """Returns the layers by name: functions of (params, x)."""
   module = moa_module(shape, implementation)
+  regroup = functools.partial(regroup_layer, shape, implementation)
   return {
     "moa": lambda params, x: module.apply({"params": params}, x)[0],
     "dense": functools.partial(dense_layer, shape),
-    "regroup": functools.partial(regroup_layer, shape, implementation),
+    "regroup": functools.partial(regroup, False),
+    "regroup_fused": functools.partial(regroup, True),
   }
 
 
@@ -130,7 +135,11 @@ def dense_layer(shape: Shape, params, x: Float[Array, "B L d"]) -> Array:
 
 
 def regroup_layer(
-  shape: Shape, implementation: str | None, params, x: Float[Array, "B L d"]
+  shape: Shape,
+  implementation: str | None,
+  fused: bool,
+  params,
+  x: Float[Array, "B L d"],
 ) -> Array:
   """Returns the mixture of attention with its rows regrouped twice."""
   batch, length, d = x.shape
@@ -145,8 +154,8 @@ def regroup_layer(
     grouped_out=True,
     implementation=implementation,
   )
-  query = multiply(group(rows, routing), params["query"]["kernel"])
-  query = ungroup(query, routing)
+  query = multiply(group(fused, rows, routing), params["query"]["kernel"])
+  query = ungroup(fused, query, routing)
   query = jnp.swapaxes(
     query.reshape(batch, length, shape.top_k, -1, shape.head_dim), 2, 3
   )
@@ -157,8 +166,8 @@ def regroup_layer(
   )
   heads = heads.reshape(batch, length, -1, shape.top_k, shape.head_dim)
   heads = jnp.swapaxes(heads, 2, 3).reshape(routing.num_rows, -1)
-  y = multiply(group(heads, routing), params["output"]["kernel"])
-  y = ungroup(y, routing).reshape(-1, shape.top_k, d)
+  y = multiply(group(fused, heads, routing), params["output"]["kernel"])
+  y = ungroup(fused, y, routing).reshape(-1, shape.top_k, d)
   gates = routed.gates.astype(x.dtype)
   y = jnp.einsum("tk,tkd->td", gates, y, preferred_element_type=x.dtype)
   return y.reshape(x.shape)
@@ -170,19 +179,20 @@ def _attend(query, key, value) -> Array:
   return smnn.attend(query, key, value)[0]
 
 
-@jax.custom_vjp
-def group(rows: Float[Array, "rows d"], routing: Routing) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def group(fused: bool, rows: Float[Array, "rows d"], routing: Routing) -> Array:
   """Returns a copy of (T or S) scattered rows in grouped order."""
-  return rows[input_rows(routing, rows.shape[0], grouped=False)]
+  ids = input_rows(routing, rows.shape[0], grouped=False)
+  return _copy(fused, rows, ids)
 
 
-def _group_fwd(rows, routing):
-  return group(rows, routing), (routing, rows.shape[0])
+def _group_fwd(fused, rows, routing):
+  return group(fused, rows, routing), (routing, rows.shape[0])
 
 
-def _group_bwd(residuals, dy):
+def _group_bwd(fused, residuals, dy):
   routing, num_rows = residuals
-  drows = dy[routing.grouped_ids.reshape(-1)]
+  drows = _copy(fused, dy, routing.grouped_ids.reshape(-1))
   if num_rows == routing.num_rows:
     return drows, None
   drows = drows.reshape(num_rows, -1, drows.shape[1]).astype(jnp.float32)
@@ -192,16 +202,21 @@ def _group_bwd(residuals, dy):
 group.defvjp(_group_fwd, _group_bwd)
 
 
-@jax.custom_vjp
-def ungroup(rows: Float[Array, "S d"], routing: Routing) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def ungroup(fused: bool, rows: Float[Array, "S d"], routing: Routing) -> Array:
   """Returns a copy of S grouped rows in scattered order."""
-  return rows[routing.grouped_ids.reshape(-1)]
+  return _copy(fused, rows, routing.grouped_ids.reshape(-1))
 
 
 ungroup.defvjp(
-  lambda rows, routing: (ungroup(rows, routing), routing),
-  lambda routing, dy: (dy[routing.scattered_ids], None),
+  lambda fused, rows, routing: (ungroup(fused, rows, routing), routing),
+  lambda fused, routing, dy: (_copy(fused, dy, routing.scattered_ids), None),
 )
+
+
+def _copy(fused: bool, rows, ids) -> Array:
+  copied = rows[ids]
+  return copied if fused else jax.lax.optimization_barrier(copied)
 
 
 def plain_dense(shape: Shape, params, x: Float[Array, "B L d"]) -> Array:
@@ -261,7 +276,7 @@ class Inputs(NamedTuple):
   """What the programs of one shape are given.
 
   Attributes:
-    params: by layer; moa's are regroup's.
+    params: by layer; all but dense's are the same.
     x: tokens.
     dy: the gradient of y.
     dy_first: the same in the first sequence, zero in the others.
@@ -290,7 +305,7 @@ def inputs(shape: Shape) -> Inputs:
   x, dy = (_normal(seed, *tokens, scale=1.0) for seed in (6, 7))
   first = (jnp.arange(shape.batch) == 0)[:, None, None]
   dy_first = jnp.where(first, dy, jnp.zeros_like(dy))
-  params = {"moa": moa, "dense": dense, "regroup": moa}
+  params = {name: moa for name in LAYERS} | {"dense": dense}
   return Inputs(params, x, dy, dy_first)
 
 
@@ -320,7 +335,7 @@ class Evidence(NamedTuple):
   Attributes:
     worst: for each result its elements, the truth's and a baseline's where
       result or baseline are furthest from the truth, or that is largest.
-    apart: for each result of regroup, how far moa's is from it.
+    apart: for each result of a layer but dense, how far moa's is from it.
   """
 
   worst: Any
@@ -334,7 +349,7 @@ def evidence(shape: Shape, given: Inputs, first, whole) -> Evidence:
     shape: of the layers.
     given: what they were given.
     first: by (direction, layer), the results for `dy_first`.
-    whole: the results of moa and regroup for `dy`.
+    whole: the results of all but dense for `dy`.
   """
   plain = _plain_results(shape, given, {direction for direction, _ in first})
   of_first = lambda a: a[:1] if a.shape == given.x.shape else a
@@ -347,11 +362,8 @@ def evidence(shape: Shape, given: Inputs, first, whole) -> Evidence:
     for (direction, name), got in first.items()
   }
   apart = {
-    direction: jax.tree.map(
-      _distance, whole[direction, "moa"], whole[direction, "regroup"]
-    )
-    for direction, name in whole
-    if name == "moa"
+    (direction, name): jax.tree.map(_distance, whole[direction, "moa"], other)
+    for (direction, name), other in whole.items()
   }
   return Evidence(worst, apart)
 
@@ -397,18 +409,21 @@ def _distance(a, b) -> Array:
 
 
 def assert_right(found: Evidence) -> None:
-  """Asserts that each layer equals the plain one, and moa regroup."""
+  """Asserts that each layer equals the plain one, and moa the others."""
   is_worst = lambda a: isinstance(a, Worst)
   leaves = jax.tree_util.tree_leaves_with_path
   for path, worst in leaves(found.worst, is_leaf=is_worst):
     assert_accurate(*worst, err_msg=jax.tree_util.keystr(path))
   for path, apart in leaves(found.apart):
     where = jax.tree_util.keystr(path)
-    assert apart <= _AGREEMENT, f"{where}: moa and regroup differ by {apart}"
+    assert apart <= _AGREEMENT, f"{where}: differs by {apart} from moa"
 
 
 def programs(
-  shape: Shape, directions: Sequence[str], implementation: str | None
+  shape: Shape,
+  names: Sequence[str],
+  directions: Sequence[str],
+  implementation: str | None,
 ) -> dict[Key, tuple[jax.stages.Lowered, dict[str, Any]]]:
   """Returns what one shape needs, lowered, with options of the compiler."""
   given = jax.eval_shape(lambda: inputs(shape))
@@ -416,9 +431,9 @@ def programs(
     "inputs": (jax.jit(lambda: inputs(shape)).lower(), _CHECK_OPTIONS)
   }
   results = {}
-  for name, layer in layers(shape, implementation).items():
+  for name in names:
     for direction in directions:
-      run = jax.jit(step(layer, direction))
+      run = jax.jit(step(layers(shape, implementation)[name], direction))
       traced = run.lower(given.params[name], given.x, given.dy)
       lowered[direction, name] = traced, _COMPILER_OPTIONS
       results[direction, name] = traced.out_info
@@ -430,6 +445,7 @@ def programs(
 
 def compile_all(
   shapes: Sequence[Shape],
+  names: Sequence[str],
   directions: Sequence[str],
   implementation: str | None,
 ) -> list[dict[Key, jax.stages.Compiled]]:
@@ -440,7 +456,7 @@ def compile_all(
       {
         key: pool.submit(lowered.compile, compiler_options=options)
         for key, (lowered, options) in programs(
-          shape, directions, implementation
+          shape, names, directions, implementation
         ).items()
       }
       for shape in shapes
@@ -463,6 +479,7 @@ def check(compiled: Mapping[Key, Any], given: Inputs) -> None:
 def measure(
   shape: Shape,
   compiled: Mapping[Key, Any],
+  names: Sequence[str],
   directions: Sequence[str],
   implementation: str | None,
   *,
@@ -471,7 +488,7 @@ def measure(
   """Returns the records of one shape, checked, all variants timed in turns."""
   given = compiled["inputs"]()
   check(compiled, given)
-  cases = [(direction, name) for direction in directions for name in LAYERS]
+  cases = [(direction, name) for direction in directions for name in names]
   calls = {
     case: functools.partial(
       compiled[case], given.params[case[1]], given.x, given.dy
@@ -491,8 +508,7 @@ def _record(shape, case, timings, program, implementation) -> dict[str, Any]:
   # The backward of attention computes its logits again: 2.5 forwards.
   factor = 1 if direction == "forward" else 3
   tflops = factor * shape.flops(name) / taken.ms_median / 1e9
-  of = lambda other: timings[direction, other].ms_median / taken.ms_median
-  return {
+  record = {
     "shape": f"k{shape.top_k}",
     "direction": direction,
     "implementation": name,
@@ -500,10 +516,13 @@ def _record(shape, case, timings, program, implementation) -> dict[str, Any]:
     **shape._asdict(),
     **taken._asdict(),
     "tflops": round(tflops, 1),
-    "speed_over_regroup": round(of("regroup"), 3),
-    "time_over_dense": round(1 / of("dense"), 3),
     "temp_bytes": program.memory_analysis().temp_size_in_bytes,
   }
+  for other in LAYERS[1:]:
+    if (direction, other) in timings:
+      of_other = timings[direction, other].ms_median / taken.ms_median
+      record[f"speed_over_{other}"] = round(of_other, 3)
+  return record
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -513,6 +532,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   say = lambda text: print(f"[{elapsed():5.1f} s] {text}", flush=True)
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--top-k", type=int, nargs="+", default=[8, 4, 2, 1])
+  parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS)
   parser.add_argument("--directions", nargs="+", default=DIRECTIONS)
   parser.add_argument("--implementation", default=None)
   parser.add_argument("--samples", type=int, default=20)
@@ -522,7 +542,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   options = parser.parse_args(arguments)
   say(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
   shapes = [(tiny if options.tiny else full)(k) for k in options.top_k]
-  built = options.directions, options.implementation
+  built = options.layers, options.directions, options.implementation
   records: list[dict[str, Any]] = []
   wrong: list[AssertionError] = []
   for wave in (shapes[:1], shapes[1:]):
@@ -553,13 +573,16 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _line(record: Mapping[str, Any]) -> str:
+  faster = "  ".join(
+    f"{value:.2f}x {key.removeprefix('speed_over_')}'s speed"
+    for key, value in record.items()
+    if key.startswith("speed_over_")
+  )
   return (
     f"{record['shape']:3} {record['direction']:8} "
-    f"{record['implementation']:8} {record['ms_median']:8.3f} ms "
+    f"{record['implementation']:13} {record['ms_median']:8.3f} ms "
     f"({record['ms_p20']:.3f}-{record['ms_p80']:.3f})  "
-    f"{record['tflops']:6.1f} TFLOP/s  "
-    f"{record['speed_over_regroup']:.2f}x regroup's speed  "
-    f"{record['time_over_dense']:.2f}x dense's time  "
+    f"{record['tflops']:6.1f} TFLOP/s  {faster}  "
     f"{record['temp_bytes'] / 2**30:.2f} GiB"
   )
 
