@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scattermoe_jax import checkpoints
 from scattermoe_jax.checkpoints import reader, writer
 from scattermoe_jax.checkpoints.config_json import config_from_entries
 from scattermoe_jax.models import ModelConfig
+from scattermoe_jax.nn import lora
 from tests.families import (
   FAMILY_ENTRIES,
   random_variables,
@@ -237,3 +239,21 @@ def test_a_family_refuses_a_model_that_it_cannot_say(tmp_path):
   ):
     checkpoints.save(tmp_path / "m", config, variables, family="mixtral")
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_adapters_of_another_shape_are_refused(family, tmp_path):
+  """One sentence with the file and the tensor."""
+  params = random_variables(
+    config_from_entries(FAMILY_ENTRIES[family], "config.json")
+  )["params"]
+  adapters = lora.init_adapters(jax.random.key(0), params, rank=3)
+  checkpoints.save_adapters(tmp_path / "a", adapters, family=family)
+  wider = jax.tree.map(
+    lambda w: jnp.zeros((*w.shape[:-1], w.shape[-1] + 2)), params
+  )
+  with pytest.raises(
+    checkpoints.CheckpointError,
+    match=r"adapter_model.safetensors: tensor '.*lora_A.weight' has shape",
+  ):
+    checkpoints.load_adapters(tmp_path / "a", wider, family=family)

@@ -174,7 +174,7 @@ def family_params(family, dtype="float32"):
   return random_variables(config, dtype)["params"]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe", None])
+@pytest.mark.parametrize("family", [*FAMILY_ENTRIES, None])
 def test_adapters_survive_their_folder(family, tmp_path):
   params = family_params(family or "jetmoe")
   adapters = some_adapters(params)
@@ -268,7 +268,5 @@ def test_adapter_folders_that_do_not_fit_are_refused(tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(entries | change))
     with pytest.raises(checkpoints.CheckpointError, match=message):
       checkpoints.load_adapters(folder, params, family="mixtral")
-  with pytest.raises(checkpoints.CheckpointError, match="family=None"):
-    checkpoints.save_adapters(tmp_path / "b", adapters, family="gpt_oss")
   with pytest.raises(checkpoints.CheckpointError, match="already exists"):
     checkpoints.save_adapters(folder, adapters, family="mixtral")

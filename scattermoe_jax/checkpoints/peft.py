@@ -2,18 +2,23 @@
 
   directory/adapter_config.json + adapter_model.safetensors
 
-One linear layer per expert (Mixtral, OLMoE, Qwen3-MoE), for W (n, d):
+Each adapted weight has two tensors, `<module>.lora_A.weight` and
+`<module>.lora_B.weight`; the module is one of three kinds:
 
-  base_model.model.<layer>.lora_A.weight  (r, d)     .lora_B.weight  (n, r)
+  a linear layer per expert           ..experts.3.w1, W (n, d)
+      A (r, d), B (n, r)              what we write: Mixtral, OLMoE, Qwen3-MoE
+  a module with one 3-D parameter     ..mlp.input_linear
+      A (E r, d), the experts one by one; B (n, r E), interleaved      JetMoE
+  a module with two, wrapped twice    ..experts.base_layer, gate and up inside
+      A and B as before               ..experts, down outside
+                                      Granite, gpt-oss
 
-One tensor for all experts (Granite, JetMoE), PEFT's "target parameters":
-
-  base_model.model.<layer>.lora_A.weight  (E r, d), the experts one by one
-  base_model.model.<layer>.lora_B.weight  (n, r E), the experts interleaved
-
-Adapters of a model in our own names keep those. PEFT's factor alpha / r is
-part of our B; what we write has alpha = r.
-Source: PEFT 0.21, tuners/lora/layer.py (`Linear`, `ParamWrapper`).
+transformers 5 has the last kind in every family but JetMoE, and PEFT turns
+files of the first kind into it as it reads them, with twice the rank: gate and
+up have an A each. We read all three. Adapters of a model in our own names keep
+those. PEFT's factor alpha / r is part of our B; what we write has alpha = r.
+Source: PEFT 0.21, tuners/lora/layer.py (`Linear`, `ParamWrapper`) and
+utils/transformers_weight_conversion.py.
 """
 
 import json
@@ -22,14 +27,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from scattermoe_jax.checkpoints.errors import CheckpointError
-from scattermoe_jax.checkpoints.names import NAMES
+from scattermoe_jax.checkpoints.layouts import LAYOUTS, copy_into
 from scattermoe_jax.checkpoints.plan import OWN_FAMILY, Piece, make_plan
 from scattermoe_jax.checkpoints.reader import StoredTensor, read_header
 from scattermoe_jax.checkpoints.writer import (
@@ -46,6 +51,34 @@ FILE_NAME = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _LORA = "lora"
+
+# In transformers 5, one module of a layer with both parameters of all experts.
+_SPARSE_MOE, _MLP = "block_sparse_moe.experts", "mlp.experts"
+_MODULES = {
+  "mixtral": _MLP,
+  "olmoe": _MLP,
+  "qwen3_moe": _MLP,
+  "granitemoe": _SPARSE_MOE,
+  "granitemoeshared": _SPARSE_MOE,
+  "gpt_oss": _MLP,
+}
+# The last is the outermost of what PEFT wraps around the module.
+_PARAMETERS = {"w_gate_up": "gate_up_proj", "w_out": "down_proj"}
+_EXPERTS = re.compile(r"layer_(\d+)/ffn/experts/(w_gate_up|w_out)")
+
+
+class _Place(NamedTuple):
+  """Where a folder has the A and B of one piece of a weight.
+
+  Attributes:
+    module: the name of both tensors, less prefix and suffix.
+    target: what PEFT's config calls the weight.
+    piece: which part of our array it adapts.
+  """
+
+  module: str
+  target: str
+  piece: Piece
 
 
 def save_adapters(
@@ -64,7 +97,7 @@ def save_adapters(
     base: where the adapted model is, for people and for PEFT.
 
   Raises:
-    CheckpointError: if the folder exists, or PEFT has no layout for the family.
+    CheckpointError: if the folder exists or the adapters differ in rank.
   """
   family = family or OWN_FAMILY
   pairs = _pairs(adapters)
@@ -73,16 +106,19 @@ def save_adapters(
     raise CheckpointError(
       f"{directory}: adapters of one folder have one rank, got {sorted(ranks)}."
     )
-  tensors, modules = [], []
   shapes = {path: (*a.shape[:2], b.shape[2]) for path, (a, b) in pairs.items()}
-  for path, pieces in _plan(family, shapes).items():
+  plan = _linear_places(family, shapes)
+  if family in _MODULES and not _is_split(plan):
+    adapted = {_PARAMETERS[path.rpartition("/")[2]] for path in plan}
+    plan = _wrapped_places(family, shapes, adapted)
+  tensors = []
+  for path, places in plan.items():
     a, b = (np.asarray(x) for x in pairs[path])
-    for piece in pieces:
-      module = piece.theirs.removesuffix(".weight")
-      modules.append(module)
-      for letter, matrix in zip("AB", _to_file(piece, a, b), strict=True):
-        name = f"{_PREFIX}{module}.lora_{letter}.weight"
+    for place in places:
+      matrices = _to_file(place.piece, a, b)
+      for name, matrix in zip(_tensor_names(place), matrices, strict=True):
         tensors.append(_tensor(name, matrix))
+  rank = ranks.pop()
   with new_folder(directory) as partial:
     write_file(partial / FILE_NAME, tensors)
     write_json(
@@ -91,12 +127,12 @@ def save_adapters(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": ranks.pop(),
-        "lora_alpha": a.shape[2],
+        "r": rank,
+        "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        **_targets(modules, is_split=_is_split(family)),
+        **_targets(plan),
       },
     )
 
@@ -119,7 +155,7 @@ def load_adapters(
       weight of this model.
   """
   directory = Path(directory)
-  scale = _read_scale(directory / CONFIG_NAME)
+  entries = _read_config(directory / CONFIG_NAME)
   rest = read_header(directory / FILE_NAME)
   if family is None or any(n.startswith(f"{_PREFIX}params.") for n in rest):
     family = OWN_FAMILY
@@ -127,19 +163,23 @@ def load_adapters(
     path: w for path, w in flatten_dict(params, sep="/").items() if w.ndim == 3
   }
   shapes = {path: tuple(w.shape) for path, w in weights.items()}
+  linear = _linear_places(family, shapes)
+  wrapped = _wrapped_places(family, shapes, _parameters(entries))
+  plan = {path: [*linear[path], *wrapped.get(path, ())] for path in shapes}
+  is_swapped = _is_swapped(rest, plan, shapes)
   adapters = {}
-  for path, pieces in _plan(family, shapes).items():
+  for path, shape in shapes.items():
     terms = [
-      (piece, factors)
-      for piece in pieces
-      if (factors := _take(rest, piece)) is not None
+      (place.piece, *factors)
+      for place in plan[path]
+      if (factors := _take(rest, place, shape, entries, is_swapped)) is not None
     ]
     if terms:
-      a, b = _from_file(terms, shapes[path])
+      a, b = _from_file(terms, shape, is_swapped)
       place = _adapter_path(path)
       dtype = weights[path].dtype
       adapters[f"{place}/a"] = jnp.asarray(a, dtype)
-      adapters[f"{place}/b"] = jnp.asarray(b * np.float32(scale), dtype)
+      adapters[f"{place}/b"] = jnp.asarray(b, dtype)
   for name, tensor in rest.items():
     raise CheckpointError(
       f"{tensor.path} holds tensor {name!r}, which adapts no expert weight of "
@@ -148,18 +188,66 @@ def load_adapters(
   return unflatten_dict(adapters, sep="/")
 
 
-def _plan(
+def _linear_places(
   family: str, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[Piece]]:
-  if family == "gpt_oss":
-    raise CheckpointError(
-      "PEFT nests the adapters of gpt_oss by the order in which it met its "
-      "weights; save them in our own names, with family=None."
-    )
+) -> dict[str, list[_Place]]:
+  """Returns the places under the names that files of weights have."""
   plan = make_plan(
     family, {f"params/{path}": shape for path, shape in shapes.items()}
   )
-  return {path.removeprefix("params/"): plan[path] for path in plan}
+  return {
+    path.removeprefix("params/"): [
+      _Place(piece.theirs.removesuffix(".weight"), piece.theirs, piece)
+      for piece in pieces
+    ]
+    for path, pieces in plan.items()
+  }
+
+
+def _is_split(plan: Mapping[str, list[_Place]]) -> bool:
+  """Returns whether each expert is a module."""
+  places = [place for places in plan.values() for place in places]
+  return any(place.piece.expert is not None for place in places)
+
+
+def _wrapped_places(
+  family: str,
+  shapes: Mapping[str, tuple[int, ...]],
+  adapted: set[str],
+) -> dict[str, list[_Place]]:
+  """Returns the places in the module that transformers 5 has per layer.
+
+  Args:
+    family: of the model.
+    shapes: of our weights, by path.
+    adapted: the parameters around which there is a wrapper.
+  """
+  places: dict[str, list[_Place]] = {}
+  for path in shapes:
+    match = _EXPERTS.fullmatch(path)
+    if not match or family not in _MODULES:
+      continue
+    layer, ours = match.groups()
+    parameter = _PARAMETERS[ours]
+    if parameter not in adapted:
+      continue
+    experts = f"model.layers.{layer}.{_MODULES[family]}"
+    is_inside = ours == "w_gate_up" and _PARAMETERS["w_out"] in adapted
+    module = f"{experts}.base_layer" if is_inside else experts
+    interleaved = family == "gpt_oss" and ours == "w_gate_up"
+    target = f"{experts}.{parameter}"
+    piece = Piece(target, "interleaved" if interleaved else "same")
+    places[path] = [_Place(module, target, piece)]
+  return places
+
+
+def _parameters(entries: Mapping[str, Any]) -> set[str]:
+  """Returns which parameters of a layer's experts PEFT has wrapped."""
+  last_names = {
+    target.rpartition(".")[2]
+    for target in entries.get("target_parameters") or ()
+  }
+  return last_names & set(_PARAMETERS.values())
 
 
 def _to_file(
@@ -169,15 +257,39 @@ def _to_file(
   if piece.expert is not None:
     return a[piece.expert].T, piece.view(b)
   num_experts, d_in, rank = a.shape
+  if piece.layout == "interleaved":
+    b = LAYOUTS["interleaved"].view(b).reshape(b.shape)
   return (
     a.swapaxes(1, 2).reshape(num_experts * rank, d_in),
     b.transpose(2, 1, 0).reshape(b.shape[2], rank * num_experts),
   )
 
 
+def _is_swapped(
+  rest: Mapping[str, StoredTensor],
+  plan: Mapping[str, list[_Place]],
+  shapes: Mapping[str, tuple[int, ...]],
+) -> bool:
+  """Returns whether the experts' A have our columns, and B our rows.
+
+  PEFT takes (E, rows, columns) for (E, out, in) or, where the module says
+  `is_transposed`, for (E, in, out). It did not always, and gpt-oss in
+  transformers 4 does not say so. Square weights, such as its `down_proj`, do
+  not tell; another weight of the folder does.
+  """
+  for path, places in plan.items():
+    _, d_in, d_out = shapes[path]
+    for place in places:
+      tensor = rest.get(_tensor_names(place)[0])
+      if tensor and place.piece.expert is None and d_in != d_out:
+        return tensor.shape[1:] == (d_out,)
+  return False
+
+
 def _from_file(
-  terms: list[tuple[Piece, tuple[np.ndarray, np.ndarray]]],
+  terms: list[tuple[Piece, np.ndarray, np.ndarray]],
   shape: tuple[int, ...],
+  is_swapped: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns our A and B of one weight, in float32.
 
@@ -185,18 +297,12 @@ def _from_file(
   of twice the rank, and each B sees its own.
   """
   num_experts, d_in, d_out = shape
-  first_piece, (first_a, _) = terms[0]
-  if first_piece.expert is None:
-    file_a, file_b = terms[0][1]
-    rank = len(file_a) // num_experts
-    return (
-      file_a.reshape(num_experts, rank, d_in).swapaxes(1, 2),
-      file_b.reshape(d_out, rank, num_experts).transpose(2, 1, 0),
-    )
-  rank = len(first_a)
-  layouts = sorted({piece.layout for piece, _ in terms})
+  if terms[0][0].expert is None:
+    return _from_wrapper(*terms[0], shape[0], is_swapped)
+  rank = max(len(file_a) for _, file_a, _ in terms)
+  layouts = sorted({piece.layout for piece, _, _ in terms})
   by_expert: dict[int | None, list[np.ndarray]] = {}
-  for piece, (file_a, _) in terms:
+  for piece, file_a, _ in terms:
     by_expert.setdefault(piece.expert, []).append(file_a)
   one_a = all(
     len(group) == len(layouts)
@@ -207,33 +313,71 @@ def _from_file(
   width = rank * (max(places.values()) + 1)
   a = np.zeros((num_experts, d_in, width), np.float32)
   b = np.zeros((num_experts, width, d_out), np.float32)
-  for piece, (file_a, file_b) in terms:
+  for piece, file_a, file_b in terms:
     first = places[piece.layout] * rank
-    a[piece.expert, :, first : first + rank] = file_a.T
-    piece.view(b[:, first : first + rank])[...] = file_b
+    a[piece.expert, :, first : first + len(file_a)] = file_a.T
+    piece.view(b[:, first : first + len(file_a)])[...] = file_b
+  return a, b
+
+
+def _from_wrapper(
+  piece: Piece,
+  file_a: np.ndarray,
+  file_b: np.ndarray,
+  num_experts: int,
+  is_swapped: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns our A and B of all experts' A and B."""
+  rank = len(file_a) // num_experts
+  a = file_a.reshape(num_experts, rank, -1).swapaxes(1, 2)
+  b = file_b.reshape(-1, rank, num_experts).transpose(2, 1, 0)
+  if is_swapped:
+    a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
+  if piece.layout == "interleaved":
+    interleaved, b = b, np.empty_like(b, order="C")
+    copy_into(LAYOUTS["interleaved"].view(b), interleaved)
   return a, b
 
 
 def _take(
-  rest: dict[str, StoredTensor], piece: Piece
+  rest: dict[str, StoredTensor],
+  place: _Place,
+  shape: tuple[int, ...],
+  entries: Mapping[str, Any],
+  is_swapped: bool,
 ) -> tuple[np.ndarray, np.ndarray] | None:
-  module = _PREFIX + piece.theirs.removesuffix(".weight")
-  names = [f"{module}.lora_{letter}.weight" for letter in "AB"]
+  """Returns A and B of one place in float32, PEFT's factor a part of B."""
+  names = _tensor_names(place)
   found = [rest.pop(name, None) for name in names]
   if found == [None, None]:
     return None
   for name, tensor, other in zip(names, found, reversed(found), strict=True):
     if tensor is None:
       raise CheckpointError(f"{other.path} lacks tensor {name!r}.")
+  tensor_a, tensor_b = found
+  num_experts, d_in, d_out = shape
+  experts = num_experts if place.piece.expert is None else 1
+  if place.piece.expert is not None:
+    d_out, d_in = place.piece.file_shape(shape)
+  elif is_swapped:
+    d_in, d_out = d_out, d_in
+  rank = (tensor_a.shape or (0,))[0] // experts
+  expected = (experts * rank, d_in), (d_out, experts * rank)
+  if rank < 1 or (tensor_a.shape, tensor_b.shape) != expected:
+    raise CheckpointError(
+      f"{tensor_a.path}: tensor {names[0]!r} has shape {tensor_a.shape} and "
+      f"its lora_B {tensor_b.shape}; the weight has {d_in} inputs, {d_out} "
+      f"outputs and {num_experts} experts."
+    )
   a, b = (tensor.read().astype(np.float32) for tensor in found)
-  return a, b
+  return a, b * np.float32(_scale(entries, place, rank))
 
 
-def _read_scale(path: Path) -> float:
+def _read_config(path: Path) -> dict[str, Any]:
   try:
     entries = json.loads(path.read_text())
-    rank, alpha = entries["r"], entries["lora_alpha"]
-  except (OSError, ValueError, KeyError) as error:
+    float(entries["lora_alpha"])
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise CheckpointError(
       f"{path} is no adapter's config: {error!r}."
     ) from None
@@ -242,27 +386,38 @@ def _read_scale(path: Path) -> float:
       f"{path}: peft_type {entries.get('peft_type')!r} is not supported, only "
       "'LORA'."
     )
-  for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+  for key in ("use_dora", "modules_to_save"):
     if entries.get(key):
       raise CheckpointError(
         f"{path}: {key} = {entries[key]!r} is not supported."
       )
+  return entries
+
+
+def _scale(entries: Mapping[str, Any], place: _Place, rank: int) -> float:
+  """Returns alpha / r of one adapter, r as its tensors have it."""
+  alpha = entries["lora_alpha"]
+  names = (place.target, place.target.removesuffix(".weight"))
+  for pattern, value in (entries.get("alpha_pattern") or {}).items():
+    if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+      alpha = value
+      break
   return alpha / (math.sqrt(rank) if entries.get("use_rslora") else rank)
 
 
-def _targets(modules: list[str], *, is_split: bool) -> dict[str, Any]:
-  """Returns the entries by which PEFT finds the modules again."""
-  if not is_split:
-    parameters = sorted({f"{module}.weight" for module in modules})
-    return {"target_modules": [], "target_parameters": parameters}
-  # A pattern, since a dense layer's modules have the same last names.
-  patterns = {re.sub(r"\\\.\d+", r"\\.\\d+", re.escape(m)) for m in modules}
-  return {"target_modules": f"(.*\\.)?({'|'.join(sorted(patterns))})"}
+def _targets(plan: Mapping[str, list[_Place]]) -> dict[str, Any]:
+  """Returns the entries by which PEFT finds the weights again.
 
-
-def _is_split(family: str) -> bool:
-  """Returns whether the family has a linear layer per expert."""
-  return any("{expert}" in name.theirs for name in NAMES.get(family, ()))
+  PEFT compares the ends of names, so a layer's number can be left out; the
+  expert's cannot: a dense layer's modules have the same last names.
+  """
+  places = [place for places in plan.values() for place in places]
+  short = lambda name: re.sub(r"^model\.layers\.\d+\.", "", name)
+  if _is_split(plan):
+    names = {".".join(place.module.split(".")[-3:]) for place in places}
+    return {"target_modules": sorted(names)}
+  names = {short(place.target) for place in places}
+  return {"target_modules": [], "target_parameters": sorted(names)}
 
 
 def _pairs(adapters: Tree) -> dict[str, tuple[Any, Any]]:
@@ -273,6 +428,10 @@ def _pairs(adapters: Tree) -> dict[str, tuple[Any, Any]]:
     for path, a in flat.items()
     if path[-1] == "a"
   }
+
+
+def _tensor_names(place: _Place) -> list[str]:
+  return [f"{_PREFIX}{place.module}.lora_{letter}.weight" for letter in "AB"]
 
 
 def _adapter_path(path: str) -> str:
