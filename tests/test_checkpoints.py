@@ -1,6 +1,7 @@
 """Folders of safetensors: format, layouts, names, errors. No torch needed."""
 
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -276,3 +277,22 @@ def test_saving_like_a_folder_takes_its_tokenizer_along(tmp_path):
   entries = json.loads((tmp_path / "b" / "config.json").read_text())
   assert (entries["eos_token_id"], entries["num_local_experts"]) == (7, 5)
   assert_same_tree(checkpoints.load(tmp_path / "b")[1], variables)
+
+
+def test_loading_holds_little_beside_the_model(tmp_path):
+  sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+  entries = FAMILY_ENTRIES["mixtral"] | sizes | {"num_local_experts": 32}
+  config = config_from_entries(entries, "config.json")
+  checkpoints.save(
+    tmp_path / "m", config, random_variables(config), family="mixtral"
+  )
+  tracemalloc.start()  # Which sees NumPy's arrays; so let them stay such.
+  try:
+    _, arrays = checkpoints.load(
+      tmp_path / "m", place=lambda path, array: array
+    )
+    _, peak = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  size = sum(array.nbytes for array in jax.tree.leaves(arrays))
+  assert size <= peak <= 1.3 * size, (peak, size)

@@ -93,7 +93,8 @@ def load(
 
   total = sum(_num_bytes(leaf) for leaf in shapes.values())
   done = 0
-  place = place or (lambda path, array: jnp.asarray(array))
+  # `jnp.asarray` would copy; nobody else has this array.
+  place = place or (lambda path, array: jax.device_put(array))
   arrays = {}
   for path, leaf in shapes.items():
     array = empty_aligned(leaf.shape, np.dtype(leaf.dtype))

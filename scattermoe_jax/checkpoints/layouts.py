@@ -86,13 +86,15 @@ def copy_into(view: np.ndarray, rows: np.ndarray) -> None:
   """Writes `rows`, in row-major order, over `view`, casting to its dtype.
 
   Sixteen rows at a time where the view is transposed: a write then fills whole
-  cache lines of the array behind it, five times faster than row by row.
+  cache lines of the array behind it, five times faster than row by row. Cast
+  before, since NumPy casts three times slower on the way to strided memory.
   """
   rows = rows.reshape(view.shape)
   strides = view.strides
   if view.ndim >= 2 and strides[0] == view.itemsize:
     for first in range(0, view.shape[0], 16):
-      view[first : first + 16] = rows[first : first + 16]
+      block = rows[first : first + 16].astype(view.dtype, copy=False)
+      view[first : first + 16] = block
   elif view.ndim >= 3 and strides[-1] == max(strides[1:]):
     for matrix, matrix_rows in zip(view, rows, strict=True):
       copy_into(matrix, matrix_rows)
