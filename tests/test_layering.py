@@ -23,8 +23,11 @@ MAY_IMPORT = {
   "models": {"nn", "sharding", "_compat"},
   "checkpoints": {"models", "nn", "_compat"},
 }
-# A program stands above its room.
-PROGRAMS = {"models/generate.py": {"checkpoints"}}
+# A program, and what only programs import, stands above its room.
+PROGRAMS = {
+  "models/generate.py": {"checkpoints"},
+  "models/weights.py": {"checkpoints"},
+}
 # What each room must not touch, whoever wrote it.
 MUST_NOT_IMPORT = {
   "kernels": ("flax",),

@@ -15,7 +15,8 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from scattermoe_jax.models import train
+from scattermoe_jax.models import generate, train
+from scattermoe_jax.models.run_folder import RunFolder
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
@@ -43,7 +44,7 @@ def lines(folder, kind):
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
   """Returns the folder of a whole run, and what it printed: one process."""
-  folder = tmp_path_factory.mktemp("runs") / "run"
+  folder = tmp_path_factory.mktemp("work") / "runs" / "demo"
   command = [sys.executable, "-m", "scattermoe_jax.models.train"]
   result = subprocess.run(
     [*command, "--data", text, "--out", folder, "--steps=6", *TINY],
@@ -77,6 +78,21 @@ def test_program_trains_both_models_and_reports(finished):
   assert (folder / "sample.txt").read_text().startswith("def ")
   for words in ("1,350 bytes to learn from", "unigram", "6/6", "experts.png"):
     assert words in printed, printed
+
+
+def test_generate_goes_on_with_what_was_trained(finished, monkeypatch, capsys):
+  folder, printed = finished
+  command = f"python -m scattermoe_jax.models.generate --checkpoint {folder}"
+  assert f"more of it: {command}/export" in printed
+  flags = ["--max-tokens", "5", "--temperature", "0"]
+  monkeypatch.chdir(folder.parents[1])
+  assert generate.main(flags) == 0
+  newest = capsys.readouterr()
+  assert newest.out.startswith("def ")
+  assert "loaded runs/demo/export in" in newest.err
+  # The run's folder means the same.
+  assert generate.main(["--checkpoint", str(folder), *flags]) == 0
+  assert capsys.readouterr().out == newest.out
 
 
 class Killed(BaseException):
@@ -130,9 +146,16 @@ def test_a_process_killed_by_signal_resumes(finished, text, tmp_path):
     assert process.poll() is None, "it ended before it was killed"
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
-  process.wait()
+  assert process.wait() == -signal.SIGKILL
+  left = (folder / "metrics.jsonl").read_text().splitlines()
+  assert not (folder / "summary.json").exists()
   subprocess.run([*command, "--resume", folder], cwd=ROOT, check=True)
-  assert lines(folder, "bits") == lines(whole, "bits")
+  for kind in ("bits", "validation_bits", "grad_norm"):
+    assert lines(folder, kind) == lines(whole, kind)
+  # It went on from step 4: the lines up to there, with the seconds that their
+  # steps took, are those of the first process.
+  kept = (folder / "metrics.jsonl").read_text().splitlines()
+  assert len(left) >= 5 and kept[:5] == left[:5]
 
 
 def run(capsys, *flags):
@@ -169,7 +192,7 @@ def test_resume_refuses_another_config_data_or_process(
   code, said = run(capsys, "--resume", tmp_path)
   assert code == 2 and "no run is there (no config.json)" in said
 
-  held = train.RunFolder(folder)
+  held = RunFolder(folder)
   code, said = run(capsys, "--resume", folder)
   held.close()
   assert code == 2 and "another process trains in this folder" in said

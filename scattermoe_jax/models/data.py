@@ -1,8 +1,9 @@
 """Text as bytes: the corpus, its held-out part, batches and two baselines.
 
 The tokens are bytes, so the vocabulary is 256, any file is a corpus, and bits
-per byte compare any two models. A batch is a pure function of seed and step:
-a run that was killed goes on with the batches it would have seen.
+per byte compare any two models; `tokens.tokenize` makes other tokens of them,
+for a model that came with a tokenizer. A batch is a pure function of seed and
+step: a run that was killed goes on with the batches it would have seen.
 """
 
 import dataclasses
@@ -38,14 +39,20 @@ class Corpus:
   """Text in two parts that share no file (no byte, if there are few files).
 
   Attributes:
-    train: bytes to learn from.
-    validation: bytes held out.
+    train: tokens to learn from.
+    validation: tokens held out.
     description: where they came from, for people.
+    unit: what a token is, "byte" or "token".
+    train_bytes_per_token: the mean of the first part.
+    validation_bytes_per_token: that of the second.
   """
 
   train: Integer[np.ndarray, " train"]
   validation: Integer[np.ndarray, " validation"]
   description: str
+  unit: str = "byte"
+  train_bytes_per_token: float = 1.0
+  validation_bytes_per_token: float = 1.0
 
 
 def load_corpus(path: str | Path | None = None) -> Corpus:
@@ -90,15 +97,15 @@ def check_lengths(
   for name, part in (("train", corpus.train), ("held-out", corpus.validation)):
     if part.size < window:
       raise DataError(
-        f"{corpus.description}: the {name} part has {part.size} bytes; a "
-        f"sequence of {sequence_length} needs {window}. Choose a shorter "
-        "--sequence-length or more data."
+        f"{corpus.description}: the {name} part has {part.size} "
+        f"{corpus.unit}s; a sequence of {sequence_length} needs {window}. "
+        "Choose a shorter --sequence-length or more data."
       )
   if corpus.train.size < batch_size * window:
     raise DataError(
-      f"{corpus.description}: {corpus.train.size} bytes to train on; one batch "
-      f"of {batch_size} sequences needs {batch_size * window}. Choose a "
-      "smaller --batch-size or more data."
+      f"{corpus.description}: {corpus.train.size} {corpus.unit}s to train on; "
+      f"one batch of {batch_size} sequences needs {batch_size * window}. "
+      "Choose a smaller --batch-size or more data."
     )
 
 
@@ -138,6 +145,9 @@ def unigram_bits(corpus: Corpus) -> float:
   """Returns the bits per held-out byte of a model that knows no context.
 
   Each byte is predicted by its frequency in the training part, counts plus one.
+
+  Args:
+    corpus: of bytes.
   """
   counts = np.bincount(corpus.train, minlength=VOCAB_SIZE) + 1.0
   held_out = np.bincount(corpus.validation, minlength=VOCAB_SIZE)

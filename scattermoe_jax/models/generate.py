@@ -1,12 +1,13 @@
 """Continues a prompt with a trained model, from a folder of weights.
 
   python -m scattermoe_jax.models.generate --checkpoint DIR --prompt TEXT
-  python -m scattermoe_jax.models.generate            the newest run of train
+  python -m scattermoe_jax.models.generate         the newest run of train
+  python -m scattermoe_jax.models.generate --adapters DIR     and their model
   python -m scattermoe_jax.models.generate --checkpoint DIR --prompt "1 15 7"
                                      token ids, if the folder has no tokenizer
 
 DIR holds config.json and safetensors: a Hugging Face mixture-of-experts model,
-or what this library saved.
+or what this library saved; a run's folder stands for its export/.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from scattermoe_jax import checkpoints
 from scattermoe_jax.models.sampling import choose_token
 from scattermoe_jax.models.tokens import Vocabulary, vocabulary_of
 from scattermoe_jax.models.transformer import Transformer, init_cache
+from scattermoe_jax.models.weights import EXPORT
 from scattermoe_jax.nn.lora import merge
 
 
@@ -111,14 +113,33 @@ def newest_export(runs: Path) -> Path:
     ValueError: if there is none.
   """
   exports = sorted(
-    runs.glob("*/export/config.json"), key=lambda path: path.stat().st_mtime
+    runs.glob(f"*/{EXPORT}/config.json"), key=lambda path: path.stat().st_mtime
   )
   if not exports:
     raise ValueError(
-      f"there is no trained model under {runs}/: train one with `python -m "
-      "scattermoe_jax.models.train`, or name a folder with --checkpoint."
+      f"there is no trained model under {runs}/: train one with `make demo` "
+      "(python -m scattermoe_jax.models.train), or name a folder with "
+      "--checkpoint."
     )
   return exports[-1].parent
+
+
+def base_of(adapters: Path) -> Path:
+  """Returns the folder of the model that a folder of adapters belongs to.
+
+  Raises:
+    ValueError: if it names none, or none that is on this machine.
+  """
+  path = adapters / "adapter_config.json"
+  base = None
+  if path.exists():
+    base = json.loads(path.read_text()).get("base_model_name_or_path")
+  if not base or not Path(base).is_dir():
+    raise ValueError(
+      f"--adapters {adapters}: the model that they adapt is "
+      f"{base or 'not named there'}; name its folder with --checkpoint."
+    )
+  return Path(base)
 
 
 def end_ids_of(directory: Path) -> frozenset[int]:
@@ -160,7 +181,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run(flags: argparse.Namespace) -> None:
-  directory = flags.checkpoint or newest_export(Path("runs"))
+  directory = _choose_folder(flags)
   vocabulary = vocabulary_of(directory)
   prompt_ids = vocabulary.encode(flags.prompt)
   began = time.perf_counter()
@@ -202,6 +223,16 @@ def _run(flags: argparse.Namespace) -> None:
     f"{times[0]:.2f} s; {speed}",
     file=sys.stderr,
   )
+
+
+def _choose_folder(flags: argparse.Namespace) -> Path:
+  """Returns the folder of weights that the flags mean."""
+  if flags.checkpoint is None and flags.adapters is not None:
+    return base_of(flags.adapters)
+  if flags.checkpoint is None:
+    return newest_export(Path("runs"))
+  inside = flags.checkpoint / EXPORT
+  return inside if inside.is_dir() else flags.checkpoint
 
 
 def _merge_adapters(adapters_directory: Path, directory: Path, variables):

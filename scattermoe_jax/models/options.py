@@ -21,6 +21,15 @@ _ATTENTION = {
 }
 
 
+# What has learned already moves on in smaller steps; adapters take larger ones
+# than all weights together.
+_FINE_TUNING_RATE = 5e-5
+_ADAPTERS_RATE = 5e-4
+
+# Of a loaded model, what says how to compute; all else is what was learned.
+_FREE_FIELDS = {"dtype", "param_dtype", "remat", "implementation"}
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
   """All that decides what a run does; kept as config.json in its folder.
@@ -36,6 +45,10 @@ class RunConfig:
     prompt: what the samples at the end go on from.
     sample_tokens: how long they are.
     temperature: how bold they are.
+    init_from: a folder of weights to begin with, of Hugging Face's or of this
+      library's; None for new weights.
+    lora_rank: rank of adapters on the experts' weights of init_from, which
+      alone are trained then; 0 to train all weights.
   """
 
   # A token sees no further back than in training, so that a sample may outgrow
@@ -50,12 +63,29 @@ class RunConfig:
   prompt: str = "def "
   sample_tokens: int = 400
   temperature: float = 0.7
+  init_from: str | None = None
+  lora_rank: int = 0
+
+  def __post_init__(self):
+    if self.lora_rank < 0:
+      raise ValueError(f"--lora-rank must be at least 0, got {self.lora_rank}.")
+    if self.lora_rank and self.init_from is None:
+      raise ValueError(
+        f"--lora-rank {self.lora_rank}: adapters need weights to adapt; name "
+        "their folder with --init-from."
+      )
+    if self.lora_rank and self.model.ffn != "moe":
+      raise ValueError(
+        f"--lora-rank {self.lora_rank}: the model of --init-from "
+        f"{self.init_from} has no experts to adapt."
+      )
 
   def models(self) -> dict[str, ModelConfig]:
     """Returns the configs of the models to train, by name, in order."""
     name = "dense" if self.model.dense_twin() == self.model else "moe"
     models = {name: self.model}
-    if self.twin and name == "moe":
+    # A twin that begins anew tells nothing about weights that do not.
+    if self.twin and name == "moe" and self.init_from is None:
       models["dense"] = self.model.dense_twin()
     return models
 
@@ -133,6 +163,37 @@ def apply_flags(config: RunConfig, flags: argparse.Namespace) -> RunConfig:
     ),
     **_fields_of(RunConfig, given),
   )
+
+
+def fine_tuning(
+  model: ModelConfig, init_from: str, lora_rank: int
+) -> RunConfig:
+  """Returns the settings, before other flags, for a model of some folder.
+
+  The weights of Hugging Face's folders are mostly in bfloat16, whose steps are
+  too coarse to learn in: what is trained is kept in float32.
+  """
+  rate = _ADAPTERS_RATE if lora_rank else _FINE_TUNING_RATE
+  if not lora_rank:
+    model = dataclasses.replace(model, param_dtype="float32")
+  return RunConfig(
+    model=model,
+    training=TrainConfig(learning_rate=rate),
+    init_from=init_from,
+    lora_rank=lora_rank,
+  )
+
+
+def check_same_model(config: RunConfig, loaded: ModelConfig) -> None:
+  """Raises ValueError if settings ask for another model than the loaded one."""
+  old, new = loaded.to_dict(), config.model.to_dict()
+  for name in new:
+    if new[name] != old[name] and name not in _FREE_FIELDS:
+      raise ValueError(
+        f"{name} = {new[name]!r}: the weights of --init-from "
+        f"{config.init_from} have {old[name]!r}; --set can change "
+        f"{', '.join(sorted(_FREE_FIELDS))} alone."
+      )
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

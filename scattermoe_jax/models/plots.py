@@ -62,7 +62,7 @@ def plot_losses(
   whole.set_ylabel("bits per byte (lower is better)")
   whole.set_xlabel(
     "training step\nthick: held-out text · thin: training batches · "
-    "dashed: models that see no context"
+    "dashed: to compare with"
   )
   # The second half, where the models differ.
   late = [

@@ -45,6 +45,14 @@ class Reporter:
       bar.add_task(title, total=steps, completed=start, status="compiling")
       yield Meter(title, steps, bar, self.console)
 
+  def loading(self, done: int, total: int) -> None:
+    """Shows the bytes of weights that are loaded."""
+    if done == total or self.console.is_terminal:
+      self.console.print(
+        f"loaded {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB of weights",
+        end="\n" if done == total else "\r",
+      )
+
 
 class Meter:
   """The progress of one model; made by `Reporter.training`."""

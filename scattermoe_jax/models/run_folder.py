@@ -4,6 +4,7 @@ config.json         what was asked for, and a fingerprint of the data
 metrics.jsonl       one line a step, and one a validation
 checkpoints/NAME/   the last two of each model, by orbax
 loss.png  experts.png  sample.txt  summary.json
+export/ or adapters/            the trained weights, see `weights`
 """
 
 import fcntl

@@ -8,43 +8,35 @@
 
 The dense twin has as many active parameters (what one token meets), the same
 batches and as many steps: the difference is what the experts bring.
+
+  python -m scattermoe_jax.models.train --init-from DIR --data notes.txt
+  python -m scattermoe_jax.models.train --init-from DIR --lora-rank 8
+
+go on with the weights of a folder (Hugging Face's, or export/ of a run), all of
+them or adapters alone; without a twin, and with a learning rate of 5e-5, or
+5e-4 of adapters, by default. The folder's tokenizer makes the tokens; without
+one they are bytes. Losses are in bits per byte of text whatever the tokens.
 """
 
-import argparse
-import dataclasses
-import datetime
 import functools
-import json
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from scattermoe_jax.models import data, plots
+from scattermoe_jax.models import data, weights
 from scattermoe_jax.models.config import ModelConfig
-from scattermoe_jax.models.mesh import Placement
-from scattermoe_jax.models.options import (
-  RunConfig,
-  apply_flags,
-  differences,
-  make_parser,
-)
+from scattermoe_jax.models.options import make_parser
 from scattermoe_jax.models.progress import Reporter
-from scattermoe_jax.models.run_folder import RunError, RunFolder, fingerprint
-from scattermoe_jax.models.sampling import sample
+from scattermoe_jax.models.report import report
+from scattermoe_jax.models.setup import Run, begin
 from scattermoe_jax.models.training import (
   StepMetrics,
   TrainState,
-  count_active_params,
-  count_params,
   evaluate_batch,
-  init_state,
   make_optimizer,
   make_train_step,
   nats_to_bits,
@@ -57,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
   flags = make_parser(__doc__).parse_args(argv)
   console = Console(highlight=False)
   try:
-    with _begin(flags) as run, run.placement.context():
+    with begin(flags) as run, run.placement.context():
       _run(run, console)
-  except (data.DataError, RunError, ValueError) as error:
+  except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
@@ -68,98 +60,30 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A run that may begin: its settings are checked and its folder is locked."""
-
-  config: RunConfig
-  corpus: data.Corpus
-  folder: RunFolder
-  placement: Placement
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self.folder.close()
-
-
-def _begin(flags: argparse.Namespace) -> Run:
-  """Checks all that can be wrong before anything is written."""
-  resumed = getattr(flags, "resume", None)
-  if resumed:
-    stored = RunFolder.read_config(Path(resumed))
-    before = RunConfig.from_dict(stored["settings"])
-  else:
-    before = RunConfig()
-  config = apply_flags(before, flags)
-  if config.model.vocab_size < data.VOCAB_SIZE:
-    raise ValueError(
-      f"vocab_size = {config.model.vocab_size}; tokens are bytes, so it must "
-      f"be at least {data.VOCAB_SIZE}."
-    )
-  corpus = data.load_corpus(config.data)
-  data.check_lengths(
-    corpus,
-    batch_size=config.training.batch_size,
-    sequence_length=config.training.sequence_length,
-  )
-  placement = Placement.of(getattr(flags, "mesh", None))
-  placement.check(config.training.batch_size, config.models().values())
-  data_hash = fingerprint(corpus.train, corpus.validation)
-  if not resumed:
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = RunFolder.create(
-      Path(getattr(flags, "out", f"runs/{now}")),
-      {"settings": config.to_dict(), "data_hash": data_hash},
-    )
-    return Run(config, corpus, folder, placement)
-  if changed := differences(before.to_dict(), config.to_dict()):
-    raise RunError(
-      f"--resume {resumed}: that run has {'; '.join(changed)}. A checkpoint "
-      "of another config does not fit: start a new run with --out."
-    )
-  if stored["data_hash"] != data_hash:
-    raise RunError(
-      f"--resume {resumed}: {corpus.description} is not what it was when that "
-      "run began. Bring the data back or start a new run with --out."
-    )
-  return Run(config, corpus, RunFolder(Path(resumed)), placement)
-
-
 def _run(run: Run, console: Console) -> None:
   corpus, config = run.corpus, run.config
   console.print(
-    f"{corpus.description}: {corpus.train.size:,} bytes to learn from, "
-    f"{corpus.validation.size:,} held out",
+    f"{corpus.description}: {corpus.train.size:,} {corpus.unit}s to learn "
+    f"from, {corpus.validation.size:,} held out",
     soft_wrap=True,
   )
   console.print(f"writing to {run.folder.path}", soft_wrap=True)
   reporter = Reporter(console)
-  rows = []
-  states = {}
-  for name, model_config in config.models().items():
-    model = Transformer(model_config, run.placement.axes)
-    states[name] = state = fit(run, name, model_config, reporter)
-    rows.append(_summarise(run, name, model, state))
-  baselines = {
-    "uniform": data.uniform_bits(),
-    "unigram": data.unigram_bits(corpus),
+  states = {
+    name: fit(run, name, model_config, reporter)
+    for name, model_config in config.models().items()
   }
-  _draw(run, rows, baselines)
-  (run.folder.path / "summary.json").write_text(
-    json.dumps({"baselines": baselines, "models": rows}, indent=2) + "\n"
-  )
-  console.print(_table(rows, baselines))
+  report(run, states, console)
   name, model_config = next(iter(config.models().items()))
-  model = Transformer(model_config, run.placement.axes)
-  text = _sample(config, model, states[name])
-  (run.folder.path / "sample.txt").write_text(text)
-  console.rule(f"a sample of {name}")
-  console.print(text, markup=False, soft_wrap=True)
-  console.rule()
-  pictures = ", ".join(str(p) for p in sorted(run.folder.path.glob("*.png")))
-  console.print(f"pictures: {pictures}", soft_wrap=True)
+  stored = run.placement.to_store(states[name])
+  directory = weights.export(run.folder.path, config, model_config, stored)
+  flags = f"--checkpoint {directory}"
+  if config.lora_rank:
+    flags = f"--checkpoint {config.init_from} --adapters {directory}"
+  console.print(
+    f"more of it: python -m scattermoe_jax.models.generate {flags}",
+    soft_wrap=True,
+  )
 
 
 def fit(
@@ -169,27 +93,33 @@ def fit(
   config, folder, placement = run.config, run.folder, run.placement
   model = Transformer(model_config, placement.axes)
   optimizer = make_optimizer(config.training)
-  state = placement.init(
-    model,
-    functools.partial(init_state, model, optimizer),
-    jax.random.key(config.training.seed),
+  state = weights.first_state(
+    config, model, optimizer, placement, reporter.loading
   )
   train_step = placement.jit_step(
-    make_train_step(model, optimizer, config.training), state
+    make_train_step(model, optimizer, config.training, weights.whole_params),
+    state,
   )
   evaluate = jax.jit(functools.partial(evaluate_batch, model))
   checkpoints = folder.checkpoints(name, model_config.to_dict())
   if checkpoints.latest_step is not None:
-    stored = checkpoints.restore(placement.to_store(state))
-    state = placement.from_store(stored, like=state)
+    # Frozen weights are not stored again.
+    trained = state._replace(frozen=None)
+    stored = checkpoints.restore(placement.to_store(trained))
+    stored = placement.from_store(stored, like=trained)
+    state = stored._replace(frozen=state.frozen)
   start, steps = int(state.step), config.training.steps
   folder.forget_after(name, start)
+  if start == 0 and config.init_from is not None:
+    bits = _validate(run, evaluate, state)
+    folder.log(model=name, step=0, bits_before=bits)
 
+  bytes_per_token = run.corpus.train_bytes_per_token
   with reporter.training(name, start, steps) as meter:
     began = time.perf_counter()
     for step in range(start + 1, steps + 1):
       state, metrics = train_step(state, _batch(run, step))
-      bits = nats_to_bits(float(metrics.loss))
+      bits = nats_to_bits(float(metrics.loss)) / bytes_per_token
       now = time.perf_counter()
       tokens_per_second = config.training.batch_size * (
         config.training.sequence_length / (now - began)
@@ -212,7 +142,8 @@ def fit(
         )
       meter.step(step, bits, tokens_per_second)
       if step % config.checkpoint_every == 0 or step == steps:
-        checkpoints.save(placement.to_store(state))
+        trained = state._replace(frozen=None)
+        checkpoints.save(placement.to_store(trained))
   checkpoints.close()
   return state
 
@@ -237,14 +168,10 @@ def _validate(run: Run, evaluate, state: TrainState) -> float:
     batch_size=run.config.training.batch_size,
     sequence_length=run.config.training.sequence_length,
   )
-  losses = [
-    evaluate(_variables(state), run.placement.put(batch)) for batch in batches
-  ]
-  return nats_to_bits(float(jnp.stack(losses).mean()))
-
-
-def _variables(state: TrainState) -> dict[str, Any]:
-  return {"params": state.params, "router_state": state.router_state}
+  variables = weights.variables_of(state)
+  losses = [evaluate(variables, run.placement.put(batch)) for batch in batches]
+  bits = nats_to_bits(float(jnp.stack(losses).mean()))
+  return bits / run.corpus.validation_bytes_per_token
 
 
 def _load(metrics: StepMetrics) -> dict[str, list]:
@@ -255,87 +182,6 @@ def _load(metrics: StepMetrics) -> dict[str, list]:
       rows = np.asarray(routers.tokens_per_expert, np.float64)
       load[kind] = (rows / rows.mean(axis=1, keepdims=True)).round(4).tolist()
   return load
-
-
-def _summarise(run: Run, name: str, model, state) -> dict[str, Any]:
-  lines = run.folder.metrics(name)
-  return {
-    "model": name,
-    "params": count_params(state.params),
-    "active_params": count_active_params(state.params, model),
-    "validation_bits": next(
-      m["validation_bits"] for m in reversed(lines) if "validation_bits" in m
-    ),
-    "tokens": run.config.training.steps
-    * run.config.training.batch_size
-    * run.config.training.sequence_length,
-    # The first step compiles.
-    "tokens_per_second": int(
-      np.median([m["tokens_per_second"] for m in lines if "bits" in m])
-    ),
-  }
-
-
-def _table(rows: list[dict], baselines: dict[str, float]) -> Table:
-  table = Table(title="held-out text")
-  table.add_column("model")
-  for column in ("active params", "all params", "tokens/s", "bits per byte"):
-    table.add_column(column, justify="right")
-  for name, bits in baselines.items():
-    table.add_row(name, "", "", "", f"{bits:.3f}")
-  for row in reversed(rows):
-    table.add_row(
-      row["model"],
-      f"{row['active_params']:,}",
-      f"{row['params']:,}",
-      f"{row['tokens_per_second']:,}",
-      f"{row['validation_bits']:.3f}",
-    )
-  return table
-
-
-def _draw(run: Run, rows: list[dict], baselines: dict[str, float]) -> None:
-  """Writes loss.png, and experts.png of what is routed."""
-  curves = {}
-  for row in rows:
-    lines = run.folder.metrics(row["model"])
-    batches = [m for m in lines if "bits" in m]
-    looks = [m for m in lines if "validation_bits" in m]
-    curves[row["model"]] = {
-      "steps": [m["step"] for m in batches],
-      "bits": [m["bits"] for m in batches],
-      "validation_steps": [m["step"] for m in looks],
-      "validation_bits": [m["validation_bits"] for m in looks],
-    }
-    for kind in looks[-1]["load"]:
-      loads = np.array([m["load"][kind] for m in looks])
-      plots.plot_expert_load(
-        run.folder.path / ("experts.png" if kind == "ffn" else f"{kind}.png"),
-        loads[-1],
-        curves[row["model"]]["validation_steps"],
-        loads.max(axis=2),
-        title="Who carries the tokens: "
-        + ("experts of the MLPs" if kind == "ffn" else "experts of attention"),
-      )
-  plots.plot_losses(
-    run.folder.path / "loss.png",
-    curves,
-    baselines,
-    title=f"Learning to predict the next byte of {run.corpus.description}",
-  )
-
-
-def _sample(config: RunConfig, model: Transformer, state) -> str:
-  prompt = data.encode(config.prompt)[None]
-  continuation = jax.jit(
-    functools.partial(
-      sample,
-      model,
-      num_tokens=config.sample_tokens,
-      temperature=config.temperature,
-    )
-  )(_variables(state), prompt, key=jax.random.key(config.training.seed))
-  return config.prompt + data.decode(np.asarray(continuation[0])) + "\n"
 
 
 if __name__ == "__main__":
