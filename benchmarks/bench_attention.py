@@ -33,7 +33,7 @@ looking among Triton's as well would take most of the time.
 import argparse
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -424,23 +424,22 @@ def programs(
   names: Sequence[str],
   directions: Sequence[str],
   implementation: str | None,
-) -> dict[Key, tuple[jax.stages.Lowered, dict[str, Any]]]:
-  """Returns what one shape needs, lowered, with options of the compiler."""
+) -> Iterator[tuple[Key, jax.stages.Lowered, dict[str, Any]]]:
+  """Yields what one shape needs, lowered, with options of the compiler."""
   given = jax.eval_shape(lambda: inputs(shape))
-  lowered: dict[Key, Any] = {
-    "inputs": (jax.jit(lambda: inputs(shape)).lower(), _CHECK_OPTIONS)
-  }
-  results = {}
+  yield "inputs", jax.jit(lambda: inputs(shape)).lower(), _CHECK_OPTIONS
+  traced = {}
   for name in names:
     for direction in directions:
       run = jax.jit(step(layers(shape, implementation)[name], direction))
-      traced = run.lower(given.params[name], given.x, given.dy)
-      lowered[direction, name] = traced, _COMPILER_OPTIONS
-      results[direction, name] = traced.out_info
-  compare = jax.jit(functools.partial(evidence, shape))
+      traced[direction, name] = run.trace(given.params[name], given.x, given.dy)
+  # First, as it takes longest to compile.
+  results = {key: program.out_info for key, program in traced.items()}
   whole = {key: r for key, r in results.items() if key[1] != "dense"}
-  lowered["evidence"] = compare.lower(given, results, whole), _CHECK_OPTIONS
-  return lowered
+  compare = jax.jit(functools.partial(evidence, shape))
+  yield "evidence", compare.lower(given, results, whole), _CHECK_OPTIONS
+  for key, program in traced.items():
+    yield key, program.lower(), _COMPILER_OPTIONS
 
 
 def compile_all(
@@ -455,9 +454,9 @@ def compile_all(
     tasks = [
       {
         key: pool.submit(lowered.compile, compiler_options=options)
-        for key, (lowered, options) in programs(
+        for key, lowered, options in programs(
           shape, names, directions, implementation
-        ).items()
+        )
       }
       for shape in shapes
     ]
