@@ -400,9 +400,22 @@ def _line(r: dict[str, Any]) -> str:
   )
 
 
-def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-  """Measures, prints and, with --write, stores."""
-  parser = command.parser(__doc__, shapes=LAYERS)
+def main(
+  arguments: Sequence[str] | None = None,
+  *,
+  doc: str = __doc__,
+  bench: str = "bench_mlp",
+  shapes: Sequence[str] = LAYERS,
+) -> list[dict[str, Any]]:
+  """Measures, prints and, with --write, stores.
+
+  Args:
+    arguments: of the command line.
+    doc: the question, of another benchmark of the same layers.
+    bench: its name.
+    shapes: its shapes.
+  """
+  parser = command.parser(doc, shapes=shapes)
   parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS)
   parser.add_argument("--directions", nargs="+", default=DIRECTIONS)
   parser.add_argument("--routing", default="random")
@@ -418,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     peer_seconds=options.peer_seconds,
     **command.sampling(options),
   )
-  return command.measure_each(options, measure, bench="bench_mlp", key=KEY)
+  return command.measure_each(options, measure, bench=bench, key=KEY)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,19 @@ def measure_each(
   records = []
   for name in options.shapes:
     for made in measure(SHAPES[name]):
-      made = [{"bench": bench, **record} for record in made]
-      if options.write:
-        timing.merge_records(timing.results_path(bench), made, key=key)
-      records += made
+      records += store(made, options, bench=bench, key=key)
   return records
+
+
+def store(
+  records: Sequence[Record],
+  options: argparse.Namespace,
+  *,
+  bench: str,
+  key: Sequence[str],
+) -> list[Record]:
+  """Returns the records under the benchmark's name, kept if `--write` asks."""
+  named = [{"bench": bench, **record} for record in records]
+  if options.write:
+    timing.merge_records(timing.results_path(bench), named, key=key)
+  return named

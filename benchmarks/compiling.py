@@ -18,19 +18,24 @@ class Job(NamedTuple):
 
 
 def compile_together(
-  jobs: Mapping[_Name, Job],
+  jobs: Mapping[_Name, Job], *, donate: tuple[int, ...] = ()
 ) -> dict[_Name, Future[jax.stages.Compiled]]:
   """Returns the compiled programs by name, each as a future.
 
   Python traces them one at a time; XLA and ptxas compile them on all cores.
   The result of a future raises what compiling raised.
+
+  Args:
+    jobs: what to compile.
+    donate: the arguments whose memory the results may take, of all jobs.
   """
+
+  def compiled(job: Job) -> jax.stages.Compiled:
+    made = jax.jit(job.function, donate_argnums=donate)
+    return made.lower(*job.arguments).compile()
+
   with ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1)) as pool:
-    return {name: pool.submit(_compile, job) for name, job in jobs.items()}
-
-
-def _compile(job: Job) -> jax.stages.Compiled:
-  return jax.jit(job.function).lower(*job.arguments).compile()
+    return {name: pool.submit(compiled, job) for name, job in jobs.items()}
 
 
 def abstract(tree: Any) -> Any:

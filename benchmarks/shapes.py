@@ -53,9 +53,16 @@ _SHAPES = (
   Shape("qwen3-30b-a3b", 16384, 2048, 768, 128, 8),
   Shape("gpt-oss-20b", 16384, 2880, 2880, 32, 4),
 )
-SHAPES = {shape.name: shape for shape in _SHAPES}
+# Sparsity: more and more of 64 experts for each token (Tan et al., 2024).
+_SPARSITY = tuple(
+  Shape(f"E64_k{k}", 16384, 4096, 1024, 64, k) for k in (1, 2, 4, 8, 16, 30)
+)
+SHAPES = {shape.name: shape for shape in _SHAPES + _SPARSITY}
 MODELS = tuple(name for name in SHAPES if "-" in name)
 LAYERS = ("C1", "C2", "C3", "A", "B_8_1", "B_16_2", "B_64_8", "B_128_16")
+# Active width 8192, in more and more experts of less and less width.
+GRANULARITY = ("B_8_1", "B_16_2", "A", "B_64_8", "B_128_16")
+SPARSITY = tuple(shape.name for shape in _SPARSITY)
 ROUTINGS = ("random", "zipf", "even")
 
 

@@ -75,7 +75,7 @@ def time_interleaved(
     for name in order:
       taken[name].append(_sample(variants[name], calls[name]))
   idle = statistics.median(taken.pop("flush")) if flush else 0.0
-  return {name: _summary(times, idle) for name, times in taken.items()}
+  return {name: summary(times, idle) for name, times in taken.items()}
 
 
 def _sample(call: Callable[[], Any], calls: int) -> float:
@@ -93,7 +93,8 @@ def _calls_for(call, sample_ms: float, max_calls: int) -> int:
   return max(1, min(max_calls, round(sample_ms / max(once, 1e-3))))
 
 
-def _summary(times: Sequence[float], idle: float) -> Timing:
+def summary(times: Sequence[float], idle: float = 0.0) -> Timing:
+  """Returns the median and spread of milliseconds, less those of `idle`."""
   times = sorted(t - idle for t in times)
   last = len(times) - 1
   return Timing(

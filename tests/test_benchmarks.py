@@ -2,9 +2,19 @@
 
 import json
 
+import jax
 import pytest
 
-from benchmarks import bench_mlp, bench_ops, peers, shapes, timing
+from benchmarks import (
+  bench_granularity,
+  bench_memory,
+  bench_mlp,
+  bench_ops,
+  bench_train,
+  peers,
+  shapes,
+  timing,
+)
 
 
 def test_time_interleaved_times_every_variant():
@@ -106,3 +116,63 @@ def test_absent_peers_are_skipped_with_a_word(peer, capsys):
   assert records == []
   said = capsys.readouterr().out
   assert "not installed" in said or "no GPU" in said
+
+
+def test_bench_granularity_is_one_amount_of_work():
+  widths = {
+    shapes.SHAPES[n].top_k * shapes.SHAPES[n].d_expert
+    for n in shapes.GRANULARITY
+  }
+  assert widths == {8192}
+  records = bench_granularity.main(
+    ["--shapes", "tiny", "--backend", "xla", "--samples", "2"]
+    + ["--implementations", "dense", "--directions", "forward"]
+  )
+  assert [r["bench"] for r in records] == ["bench_granularity"]
+
+
+def test_bench_memory_keeps_less_for_less():
+  records = bench_memory.main(
+    ["--shapes", "tiny", "--backend", "xla", "--samples", "2"]
+    + ["--sample-ms", "0", "--variants", "chunks_1", "keep_nothing", "keep_h"]
+  )
+  held = {r["implementation"]: r["held_mib"] for r in records}
+  assert held["keep_nothing"] < held["keep_h"] <= held["chunks_1"]
+  assert records[0]["of_time"] == records[0]["of_peak"] == 1.0
+
+
+def test_bench_train_counts_the_flops_of_active_weights():
+  config = bench_train._TINY
+  dense = bench_train.model_flops(bench_train.model_of("dense", config), 2, 16)
+  routers = 6 * 2 * 16 * config.num_layers * config.d_model * config.num_experts
+  assert bench_train.model_flops(config, 2, 16) == dense + routers
+
+
+@pytest.fixture
+def lenient():
+  """A user's promotion: JAX's own attention mixes dtypes in its backward."""
+  jax.config.update("jax_numpy_dtype_promotion", "standard")
+  yield
+  jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.mark.usefixtures("lenient")
+def test_bench_train_trains_and_records():
+  [record] = bench_train.main(
+    ["--tiny", "--batch", "2", "--length", "16", "--steps", "2"]
+    + ["--variants", "dense"]
+  )
+  for field in ("ms_median", "tokens_per_s", "mfu", "peak_mib", "first_loss"):
+    assert record[field] > 0, field
+  assert record["state_mib"] > 3 * record["params"] * 4 / 2**20
+
+
+def test_bench_train_refuses_losses_that_differ():
+  records = [
+    {"variant": "mosaic", "first_loss": 10.0},
+    {"variant": "dense", "first_loss": 11.0},
+    {"variant": "xla", "first_loss": 10.02},
+  ]
+  bench_train._check(records[:2])
+  with pytest.raises(AssertionError, match="losses differ"):
+    bench_train._check(records)
