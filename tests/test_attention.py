@@ -213,6 +213,24 @@ def test_no_sinks_is_sinks_of_minus_infinity():
   np.testing.assert_allclose(without, with_sinks, rtol=1e-4)
 
 
+def test_attend_is_double_where_its_operands_are(x64):
+  rng = np.random.default_rng(0)
+  q = rng.normal(size=(B, L, 4, C))
+  k, v = rng.normal(size=(2, B, L, 2, C))
+  # The second sequence is padding: its rows see nothing.
+  segment_ids = jnp.asarray(np.stack([PADDED[0], 0 * PADDED[0]]))
+  f = lambda q, k, v: smnn.attend(q, k, v, segment_ids=segment_ids)[0]
+  got, backward = jax.vjp(f, *map(jnp.asarray, (q, k, v)))
+  for array in (got, *backward(jnp.ones_like(got))):
+    assert np.all(np.isfinite(array))
+  for h in range(4):
+    for t in range(2, L):  # behind the padding
+      logits = k[0, 2 : t + 1, h // 2] @ q[0, t, h] * C**-0.5
+      weights = np.exp(logits)
+      expected = weights / weights.sum() @ v[0, 2 : t + 1, h // 2]
+      np.testing.assert_allclose(got[0, t, h], expected, rtol=1e-11)
+
+
 def test_attend_refuses_a_window_that_is_not_causal():
   q = jnp.ones((B, L, H, C))
   with pytest.raises(ValueError, match="need causal=True"):

@@ -156,11 +156,14 @@ def attend(
     is_causal, window = False, None
   if implementation is None:
     implementation = _choose(query, sinks)
-  if sinks is not None:
+  # JAX's own has no sinks, and in float64 a softmax in float32, which in older
+  # versions (0.7.2) makes NaN of a row that sees nothing.
+  double = query.dtype == jnp.float64 and implementation == "xla"
+  if sinks is not None or double:
     mask = _and(
       mask, _causal_mask(query.shape[1], window) if is_causal else None
     )
-    y = _attend_with_sinks(query, key, value, mask, sinks, scale)
+    y = _attend_plainly(query, key, value, mask, sinks, scale)
   else:
     # It mixes dtypes inside, which a caller's strict setting would refuse.
     with jax.numpy_dtype_promotion("standard"):
@@ -247,8 +250,11 @@ def _and(a, b):
   return b if a is None else a if b is None else a & b
 
 
-def _attend_with_sinks(query, key, value, mask, sinks, scale):
-  """Computes softmax([scale q k^T + mask, sink]) without its last column, v."""
+def _attend_plainly(query, key, value, mask, sinks, scale):
+  """Computes softmax([scale q k^T + mask, sink]) without the sink's column, v.
+
+  Without sinks, None, the softmax has no such column.
+  """
   batch, length, num_heads, head_dim = query.shape
   num_kv_heads = key.shape[2]
   wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
@@ -262,14 +268,16 @@ def _attend_with_sinks(query, key, value, mask, sinks, scale):
   if mask is not None:
     lowest = jnp.full_like(logits, jnp.finfo(wide).min)
     logits = jnp.where(mask[:, :, None], logits, lowest)
-  sink = jnp.broadcast_to(
-    sinks.astype(wide).reshape(1, num_kv_heads, -1, 1, 1),
-    (*logits.shape[:-1], 1),
-  )
-  probs = jax.nn.softmax(jnp.concatenate([logits, sink], axis=-1), axis=-1)
+  if sinks is not None:
+    sink = jnp.broadcast_to(
+      sinks.astype(wide).reshape(1, num_kv_heads, -1, 1, 1),
+      (*logits.shape[:-1], 1),
+    )
+    logits = jnp.concatenate([logits, sink], axis=-1)
+  probs = jax.nn.softmax(logits, axis=-1)[..., : key.shape[1]]
   y = jnp.einsum(
     "bnglm,bmnh->blngh",
-    probs[..., :-1].astype(value.dtype),
+    probs.astype(value.dtype),
     value,
     preferred_element_type=wide,
   )
