@@ -1,5 +1,6 @@
 """Every benchmark runs, on a CPU, on a problem too small to mean anything."""
 
+import functools
 import json
 
 import jax
@@ -14,7 +15,11 @@ from benchmarks import (
   peers,
   shapes,
   timing,
+  tune,
 )
+from scattermoe_jax._compat import Device
+from scattermoe_jax.kernels import Problem, mosaic, tuning
+from scattermoe_jax.kernels.config import TileConfig
 
 
 def test_time_interleaved_times_every_variant():
@@ -176,3 +181,63 @@ def test_bench_train_refuses_losses_that_differ():
   bench_train._check(records[:2])
   with pytest.raises(AssertionError, match="losses differ"):
     bench_train._check(records)
+
+
+H200 = Device("gpu", "NVIDIA H200", (9, 0), 132)
+LAYER = shapes.Shape("layer", 4096, 1024, 512, 16, 4)
+
+
+def problem_of(case: tune.Case) -> Problem:
+  return Problem(
+    LAYER.num_rows, LAYER.num_experts, *case.widths, "bfloat16", H200
+  )
+
+
+def test_tune_knows_every_kernel_and_few_tiles_for_each():
+  cases = tune.cases(LAYER)
+  assert {case.op for case in cases} == set(tuning.OPS)
+  for case in cases:
+    tiles = tune.pruned(case.op, problem_of(case))
+    assert tiles[0] == tuning.heuristic(case.op, problem_of(case))
+    assert 1 < len(set(tiles)) == len(tiles) <= tune.MOST_CANDIDATES
+
+
+def test_tune_passes_its_tiles_to_the_kernel():
+  if mosaic.missing_feature():
+    pytest.skip(mosaic.missing_feature())
+  data, routing = jax.eval_shape(
+    lambda: (bench_ops.arrays(LAYER), bench_ops.routing_of(LAYER, "random"))
+  )
+  for case in tune.cases(LAYER):
+    texts = []
+    for stages in (2, 3):
+      config = TileConfig(128, 128, num_stages=stages)
+      call = functools.partial(case.call, config=config)
+      texts.append(str(jax.make_jaxpr(call)(data, routing)))
+    assert texts[0] != texts[1], case.op
+
+
+def test_tune_prefers_the_rule_but_for_clear_wins():
+  rule, near, far = (TileConfig(num_stages=stages) for stages in (2, 3, 4))
+  assert tune.winner({rule: 1.0, near: 0.99, far: 1.2}, rule) == rule
+  assert tune.winner({rule: 1.0, near: 0.97, far: 0.9}, rule) == far
+
+
+def test_tune_writes_what_lookup_then_finds(tmp_path):
+  rule, best = TileConfig(128, 256, num_stages=3), TileConfig(128, 128)
+  problem = Problem(4096, 16, 1024, 2048, "bfloat16", H200)
+  near, far = problem._replace(d_out=1536), problem._replace(d_out=256)
+  op = "up_projection"
+  measured = [
+    tune.Measured(op, problem, best, rule),
+    tune.Measured(op, near, rule, rule),
+    tune.Measured(op, far, rule, rule),
+  ]
+  entries = tune.table_of([measured[2].entry], measured)
+  path = tmp_path / "sm90.json"
+  tune.write_table(path, entries)
+  read = [tuning.entry_from_json(e) for e in json.loads(path.read_text())]
+  assert read == entries
+  found = [tuning.lookup(op, p, read) for p in (problem, near, far)]
+  # Nothing near the last is in the table: the rule speaks for it.
+  assert found == [best, rule, None]
