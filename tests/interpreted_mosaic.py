@@ -31,6 +31,9 @@ class SingleRows(NamedTuple):
   # Copies that arrive at a stage's barrier: the rows of SMALL.
   arrivals = SMALL.block_m
 
+  def places_type(self, block_rows):
+    return jax.ShapeDtypeStruct((block_rows,), jnp.int32)
+
   def locate(self, ids, first, num_rows, block_rows):
     last = jnp.minimum(first + jnp.maximum(num_rows - 1, 0), ids.shape[0] - 1)
 

@@ -69,9 +69,10 @@ def test_scatter2scatter_interpreted(grouped_in, grouped_out, transpose_w):
 
   routing, rng = routing_and_rng()
   x = normal(rng, NUM_TOKENS * (TOP_K if grouped_in else 1), D)
-  w = normal(rng, NUM_EXPERTS, *((N, D) if transpose_w else (D, N)))
+  columns = N + 64  # The last tile of columns is half a block.
+  w = normal(rng, NUM_EXPERTS, *((columns, D) if transpose_w else (D, columns)))
   options = dict(
-    bias=normal(rng, NUM_EXPERTS, N),
+    bias=normal(rng, NUM_EXPERTS, columns),
     grouped_in=grouped_in,
     grouped_out=grouped_out,
     transpose_w=transpose_w,

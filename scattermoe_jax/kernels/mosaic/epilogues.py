@@ -6,9 +6,15 @@ global memory, 64 columns at a time through a small ring of shared memory.
   StoreRows        y = acc + bias
   Activate         h = acc + bias, a = f(h)
   Differentiate    da' = acc; dh = (gates da') f'(h), gates a, <da', a>
+
+The first holds its results in 16 bits, so that the registers of the sums are
+free for the next tile, and its pieces leave one by one between that tile's
+products: the tensor core does not wait for them. The others, which have more to
+write or to read than registers hold, store at once.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -29,9 +35,12 @@ class Epilogue:
 
   Attributes:
     name: of the kernel that it makes.
+    holds: whether a tile is stored between the products of the next one, by
+      `hold` and `pieces`; else at once, by `store`.
   """
 
   name: str
+  holds = False
 
   def operands(self, plan) -> list[Array]:
     """Returns the arrays that it reads, `extra` below."""
@@ -54,7 +63,19 @@ class Epilogue:
     stages = (2, _SLOTS, plan.part_m, lt.COLUMNS)
     return [plgpu.SMEM(stages, plan.dtype, transforms=lt.BY_ROW)]
 
-  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
+  def held_types(self, plan, rows) -> list[jax.ShapeDtypeStruct]:
+    """Returns the types of what `hold` returns."""
+    raise NotImplementedError
+
+  def hold(self, plan, accs, tile, extra, rows) -> list[Array]:
+    """Returns what of a tile is kept in registers until it is stored."""
+    raise NotImplementedError
+
+  def pieces(self, plan, held, tile, extra, outs, scratch, rows) -> list:
+    """Returns functions that together store a tile, to be called in order."""
+    raise NotImplementedError
+
+  def store(self, plan, accs, tile, extra, outs, scratch, loaded):
     """Stores one consumer's part of a tile."""
     raise NotImplementedError
 
@@ -72,32 +93,51 @@ class StoreRows(Epilogue):
   bias: Float[Array, "E n"] | None = None
   scattered_ids: Int[Array, " S"] | None = None
   name = "scatter2scatter"
+  holds = True
 
   def operands(self, plan):
-    bias = [] if self.bias is None else [_pad_bias(self.bias, plan)]
+    # The bias of a whole tile is read, which may reach past the last column.
+    width = plan.num_tiles_n * plan.part_n
+    bias = [] if self.bias is None else [_pad_bias(self.bias, width)]
     return bias + ([] if self.scattered_ids is None else [self.scattered_ids])
 
   def out_types(self, plan):
     return [jax.ShapeDtypeStruct((plan.num_rows, plan.d_out), plan.dtype)]
 
-  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
-    extra = list(extra)
-    bias = extra.pop(0) if self.bias is not None else None
-    ids = extra.pop(0) if self.scattered_ids is not None else None
-    [acc], [y], ring = accs, outs, _Ring(plan, tile, *scratch)
-    if ids is not None:
-      out_rows = rows._replace(width=plan.d_out)
-      places = out_rows.locate(ids, tile.row, tile.end, plan.part_m)
-    for columns, column in _chunks(plan, tile):
+  def held_types(self, plan, rows):
+    y = jax.ShapeDtypeStruct((plan.part_m, plan.part_n), plan.dtype)
+    if self.scattered_ids is None:
+      return [y]
+    return [y, rows.places_type(plan.part_m)]
 
-      @_when_inside(plan, column)
-      def _(columns=columns, column=column):
-        chunk = acc[:, columns] + _bias_rows(bias, plan, tile, column)
-        if ids is None:
-          ring.send(chunk, y, column)
-        else:
-          stage = ring.put(chunk)
-          out_rows.store(stage, y, places, column, tile.begin, tile.end)
+  def hold(self, plan, accs, tile, extra, rows):
+    bias = extra[0] if self.bias is not None else None
+    column = tile.index_n * plan.part_n
+    y = accs[0] + _bias_rows(bias, plan, tile, column, plan.part_n)
+    held = [y.astype(plan.dtype)]
+    if self.scattered_ids is not None:
+      out_rows = rows._replace(width=plan.d_out)
+      held.append(out_rows.locate(extra[-1], tile.row, tile.end, plan.part_m))
+    return held
+
+  def pieces(self, plan, held, tile, extra, outs, scratch, rows):
+    y, *places = held
+    ring = _Ring(plan, tile, *scratch)
+
+    def send(columns, column):
+      if not places:
+        ring.send(y[:, columns], outs[0], column)
+      else:
+        stage = ring.put(y[:, columns])
+        out_rows = rows._replace(width=plan.d_out)
+        out_rows.store(stage, outs[0], places[0], column, tile.begin, tile.end)
+
+    return [
+      functools.partial(
+        _when_inside(plan, column), functools.partial(send, columns, column)
+      )
+      for columns, column in _chunks(plan, tile)
+    ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +159,7 @@ class Activate(Epilogue):
   name = "up_projection"
 
   def operands(self, plan):
-    return [] if self.bias is None else [_pad_bias(self.bias, plan)]
+    return [] if self.bias is None else [_pad_bias(self.bias, plan.d_out)]
 
   def out_types(self, plan):
     rows, width = plan.num_rows, plan.d_out
@@ -127,7 +167,7 @@ class Activate(Epilogue):
     a = jax.ShapeDtypeStruct((rows, width // plan.halves), plan.dtype)
     return [h, a] if self.keep_h else [a]
 
-  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
+  def store(self, plan, accs, tile, extra, outs, scratch, loaded):
     bias = extra[0] if extra else None
     *h_out, a_out = outs
     ring = _Ring(plan, tile, *scratch)
@@ -158,12 +198,12 @@ class Differentiate(Epilogue):
 
   Attributes:
     activation: f.
-    h: the pre-activation, grouped.
+    h: the pre-activation, grouped; S rows, and more up to a multiple of 8.
     gates: one per grouped row.
   """
 
   activation: object
-  h: Float[Array, "S m"]
+  h: Float[Array, "rows m"]
   gates: Float[Array, " S"]
   name = "down_projection_grad"
 
@@ -196,7 +236,7 @@ class Differentiate(Epilogue):
       )
     return copies
 
-  def store(self, plan, accs, tile, extra, outs, scratch, *, rows, loaded):
+  def store(self, plan, accs, tile, extra, outs, scratch, loaded):
     [acc], (dh_out, a_out, sums_out) = accs, outs
     ring = _Ring(plan, tile, *scratch)
     shape = (plan.part_m, lt.COLUMNS)
@@ -252,18 +292,18 @@ def _when_inside(plan, column):
   return pl.when(column < width)
 
 
-def _pad_bias(bias: Float[Array, "E n"], plan) -> Float[Array, "E+1 n"]:
+def _pad_bias(bias: Float[Array, "E n"], width: int) -> Float[Array, "E+1 _"]:
   """Returns the bias with a row of zeros, E, for rows of no group."""
-  return jnp.pad(bias, ((0, 1), (0, 0)))
+  return jnp.pad(bias, ((0, 1), (0, width - bias.shape[1])))
 
 
-def _bias_rows(bias, plan, tile, column):
-  """Returns 64 columns of the expert's bias, once for every row."""
+def _bias_rows(bias, plan, tile, column, width=lt.COLUMNS):
+  """Returns `width` columns of the expert's bias, once for every row."""
   if bias is None:
     return 0.0
-  columns = bias.at[tile.expert, pl.ds(column, lt.COLUMNS)]
+  columns = bias.at[tile.expert, pl.ds(column, width)]
   values = plgpu.load(columns, optimized=False).astype(jnp.float32)
-  return lax.broadcast_in_dim(values, (plan.part_m, lt.COLUMNS), (1,))
+  return lax.broadcast_in_dim(values, (plan.part_m, width), (1,))
 
 
 class _Ring:

@@ -15,6 +15,7 @@ looked up: once per tile, not once per step.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
@@ -40,6 +41,11 @@ class RowCopies(NamedTuple):
   def arrivals(self) -> int:
     """Arrivals on a stage's barrier that stand for its gathered rows."""
     return 1
+
+  def places_type(self, block_rows: int) -> jax.ShapeDtypeStruct:
+    """Returns the type of what `locate` returns for so many rows."""
+    count = block_rows // _ROWS_AT_ONCE
+    return jax.ShapeDtypeStruct((count * lt.WARPGROUP,), jnp.int32)
 
   def locate(self, ids, first, num_rows, block_rows: int) -> jax.Array:
     """Returns where this thread's chunks of `block_rows` rows begin.

@@ -11,7 +11,8 @@ consumers multiply from it and store.
      TMA or     w (64, n)     acc (m, n) float32 in registers
      cp.async   x num_stages            --> epilogue --> global memory
 
-The consumers share each tile: one multiplies its upper rows, one its lower.
+The consumers share each tile: one multiplies its upper rows, one its lower. A
+sum that fits in registers beside the next one is stored while that is made.
 The rows of one tile belong to one expert, and its epilogue stores no others.
 Rows of no group are tiles without a step: their sum stays zero.
 """
@@ -43,9 +44,18 @@ _PRODUCER = 2  # index of the warpgroup that loads
 ALIGN = 8
 # One k-step of cp.async is in flight while the next is issued.
 _IN_FLIGHT = 1
-# Registers of a thread: 64 Ki for 384 threads, mostly for the accumulators.
-_PRODUCER_REGISTERS = 72
-_CONSUMER_REGISTERS = 216
+
+
+class _Registers(NamedTuple):
+  """Registers of a thread: 64 Ki for 384 threads, mostly for sums."""
+
+  producer: int
+  consumer: int
+
+
+# Where gathered rows are looked up takes more than TMA, which one thread asks.
+_GATHERED_REGISTERS = _Registers(72, 216)
+_GROUPED_REGISTERS = _Registers(40, 232)
 
 
 class Tile(NamedTuple):
@@ -144,6 +154,7 @@ def multiply(
   )
   steps_k = plan.d_in // config.block_k
   rows = RowCopies(plan.d_in)
+  registers = _GROUPED_REGISTERS if plan.grouped_in else _GATHERED_REGISTERS
   arrivals = plan.halves + (1 if plan.grouped_in else rows.arrivals)
 
   def body(x, w, ids, *refs):
@@ -182,7 +193,7 @@ def multiply(
 
     @pl.when(warpgroup == _PRODUCER)
     def produce():
-      plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+      plgpu.set_max_registers(registers.producer, action="decrease")
 
       def locate(loaded):
         _, first, _, end = loaded
@@ -285,14 +296,32 @@ def multiply(
 
     @pl.when(warpgroup != _PRODUCER)
     def consume():
-      plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+      plgpu.set_max_registers(registers.consumer, action="increase")
       part = warpgroup * plan.part_m
 
-      def multiply_tile(t, carry):
-        step, now = carry
-        soon = entry(t + 1)
-        expert, first, begin, end = now
+      def tile_of(t, entry):
+        expert, first, begin, end = entry
+        index_m, index_n = index_of(t)
+        return Tile(
+          expert=expert,
+          row=first + part,
+          begin=jnp.clip(begin - part, 0, plan.part_m),
+          end=jnp.clip(end - part, 0, plan.part_m),
+          index_m=index_m,
+          index_n=index_n,
+          part=part,
+          consumer=warpgroup,
+        )
+
+      def products(expert, step, pieces=()):
+        """Returns a tile's sums; calls `pieces` between its products."""
         steps_here = num_steps(expert)
+        in_turn = max(-(-len(pieces) // steps_k), 1)
+
+        @pl.when(steps_here == 0)
+        def _():
+          for call in pieces:
+            call()
 
         def accumulate(*accs):
           def multiply_step(k, step):
@@ -308,6 +337,8 @@ def multiply(
             plgpu.wgmma_wait(plan.halves)
             before = lax.rem(step + stages - 1, stages)
             plgpu.barrier_arrive(empty.at[before], predicate=k > 0)
+            for j, call in enumerate(pieces):
+              pl.when(k == j // in_turn)(call)
             return step + 1
 
           last = lax.fori_loop(0, steps_here, multiply_step, step)
@@ -317,18 +348,25 @@ def multiply(
           return [acc[...] for acc in accs]
 
         acc_type = plgpu.ACC((plan.part_m, plan.part_n), jnp.float32)
-        accs = pl.run_scoped(accumulate, *[acc_type] * plan.halves)
-        tile = Tile(
-          expert=expert,
-          row=first + part,
-          begin=jnp.clip(begin - part, 0, plan.part_m),
-          end=jnp.clip(end - part, 0, plan.part_m),
-          index_m=index_of(t)[0],
-          index_n=index_of(t)[1],
-          part=part,
-          consumer=warpgroup,
-        )
-        step += steps_here
+        return pl.run_scoped(accumulate, *[acc_type] * plan.halves)
+
+      def store_pieces(held, tile):
+        return epilogue.pieces(plan, held, tile, extra, outs, scratch, rows)
+
+      def multiply_and_hold(t, carry):
+        """Stores the tile before between the products of this one."""
+        step, now, held, before = carry
+        soon = entry(t + 1)
+        accs = products(now[0], step, store_pieces(held, before))
+        tile = tile_of(t, now)
+        held = epilogue.hold(plan, accs, tile, extra, rows)
+        return step + num_steps(now[0]), soon, held, tile
+
+      def multiply_and_store(t, carry):
+        step, now = carry
+        soon = entry(t + 1)
+        accs = products(now[0], step)
+        step += num_steps(now[0])
 
         @contextlib.contextmanager
         def loaded(j):
@@ -342,11 +380,26 @@ def multiply(
           plgpu.barrier_arrive(empty.at[slot])
 
         epilogue.store(
-          plan, accs, tile, extra, outs, scratch, rows=rows, loaded=loaded
+          plan, accs, tile_of(t, now), extra, outs, scratch, loaded
         )
         return step + epilogue.num_loads(plan), soon
 
-      lax.fori_loop(0, mine, multiply_tile, (jnp.int32(0), entry(0)))
+      start = (jnp.int32(0), entry(0))
+      if not epilogue.holds:
+        lax.fori_loop(0, mine, multiply_and_store, start)
+      else:
+        # Before the first tile there is one without rows.
+        zero = jnp.int32(0)
+        tile = Tile(*[zero] * 6, part, warpgroup)
+        held = [
+          jnp.zeros(a.shape, a.dtype) for a in epilogue.held_types(plan, rows)
+        ]
+        *_, held, tile = lax.fori_loop(
+          0, mine, multiply_and_hold, (*start, held, tile)
+        )
+        for store in store_pieces(held, tile):
+          store()
+
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   operands, out_types = epilogue.operands(plan), epilogue.out_types(plan)

@@ -284,7 +284,11 @@ def _window(t: Tile, k):
 
 
 def _multiply_tiles(plan, queue, groups, warpgroup, out, scratch):
-  """Sums left^T right over the steps of each tile, and stores it."""
+  """Sums left^T right over the steps of each tile; stores the tile before.
+
+  A finished tile is held in 16 bits, and its pieces leave between the first
+  products of the next one: the tensor core does not wait for them.
+  """
   left_smem, right_smem = scratch["left_smem"], scratch["right_smem"]
   full, empty = scratch["full"], scratch["empty"]
   stages = plan.config.num_stages
@@ -296,8 +300,16 @@ def _multiply_tiles(plan, queue, groups, warpgroup, out, scratch):
     return t
 
   def multiply_tile(carry):
-    i, step, t = carry
+    i, step, t, held, before = carry
     following = tile(i + 1)
+    pieces = _pieces(plan, before, held, warpgroup, out, scratch["out_smem"])
+
+    in_turn = t.num_steps >= len(pieces)
+
+    @pl.when(jnp.logical_not(in_turn))
+    def _():
+      for store in pieces:
+        store()
 
     def multiply(acc):
       def multiply_step(k, step):
@@ -313,6 +325,8 @@ def _multiply_tiles(plan, queue, groups, warpgroup, out, scratch):
         plgpu.barrier_arrive(
           empty.at[lax.rem(step + (stages - 1), stages)], predicate=k > 0
         )
+        for j, store in enumerate(pieces):
+          pl.when(in_turn & (k == j))(store)
         return step + 1
 
       last = lax.fori_loop(0, t.num_steps, multiply_step, step)
@@ -323,29 +337,35 @@ def _multiply_tiles(plan, queue, groups, warpgroup, out, scratch):
       )
       return acc[...]
 
-    acc = pl.run_scoped(
-      multiply, plgpu.ACC((_PART_LEFT, plan.right.block), jnp.float32)
-    )
-    _store_tile(plan, t, acc, warpgroup, out, scratch["out_smem"])
-    return i + 1, step + t.num_steps, following
+    shape = (_PART_LEFT, plan.right.block)
+    sums = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    return i + 1, step + t.num_steps, following, sums.astype(plan.dtype), t
 
-  zero = jnp.int32(0)
-  lax.while_loop(
+  zero, first = jnp.int32(0), tile(0)
+  none = first._replace(number=jnp.int32(-1))
+  held = jnp.zeros((_PART_LEFT, plan.right.block), plan.dtype)
+  *_, held, last = lax.while_loop(
     lambda carry: carry[2].number < plan.num_tiles,
     multiply_tile,
-    (zero, zero, tile(0)),
+    (zero, zero, first, held, none),
   )
+  for store in _pieces(plan, last, held, warpgroup, out, scratch["out_smem"]):
+    store()
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _store_tile(plan, t: Tile, acc, warpgroup, out, out_smem):
-  """Stores a warpgroup's part of a tile; TMA drops what lies past the edges."""
+def _pieces(plan, t: Tile, held, warpgroup, out, out_smem) -> list:
+  """Returns functions that store a warpgroup's part of a tile, in order.
+
+  A tile of a negative number is none. TMA drops what lies past the edges.
+  """
   left_col, right_col = columns(plan, t)
   rows_out = pl.ds(left_col + warpgroup * _PART_LEFT, _PART_LEFT)
   num_pieces = plan.right.block // lt.COLUMNS
   buffers = min(2, num_pieces)
-  for i in range(num_pieces):
-    piece = acc[:, i * lt.COLUMNS : (i + 1) * lt.COLUMNS].astype(plan.dtype)
+
+  def store(i):
+    piece = held[:, i * lt.COLUMNS : (i + 1) * lt.COLUMNS]
     cols_out = pl.ds(right_col + i * lt.COLUMNS, lt.COLUMNS)
     buffer = out_smem.at[warpgroup, i % buffers]
     # Wait until TMA has read what this buffer held, be it the last tile's.
@@ -357,4 +377,9 @@ def _store_tile(plan, t: Tile, acc, warpgroup, out, out_smem):
       buffer[...] = piece
       target = out.at[t.expert, rows_out, cols_out]
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffer, target)
+
+    @pl.when(t.number >= 0)
+    def _():
+      plgpu.copy_smem_to_gmem(buffer, target)
+
+  return [functools.partial(store, i) for i in range(num_pieces)]
