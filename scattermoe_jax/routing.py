@@ -157,15 +157,21 @@ def input_rows(
 _Sorted = tuple[Int[Array, " S"], Int[Array, " S"], Int[Array, " E"]]
 
 
+_KEYS = (jnp.uint8, jnp.uint16, jnp.int32)
+
+
 def _comparison_sort(flat_ids: Int[Array, " S"], num_experts: int) -> _Sorted:
   """Sorts by the library's stable sort."""
   rows = jnp.arange(flat_ids.shape[0], dtype=jnp.int32)
+  # A radix sort passes over the data once for each byte of its key.
+  key = next(t for t in _KEYS if num_experts <= jnp.iinfo(t).max)
+  flat_ids = flat_ids.astype(key)
   sorted_ids, scattered_ids = lax.sort(
     (flat_ids, vary_over(rows, varying_axes(flat_ids))),
     num_keys=1,
     is_stable=True,
   )
-  experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
+  experts = jnp.arange(num_experts + 1, dtype=key)
   experts = vary_over(experts, varying_axes(sorted_ids))
   offsets = jnp.searchsorted(sorted_ids, experts, method="scan_unrolled")
   sizes = jnp.diff(offsets).astype(jnp.int32)

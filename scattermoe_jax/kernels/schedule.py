@@ -79,8 +79,10 @@ def tile_schedule(
     >>> tile_schedule(jnp.array([5, 0, 3]), 8, 4).num_rows.tolist()
     [4, 1, 3, 0]
   """
-  length = max_tiles(num_rows, group_sizes.shape[0], block_m)
-  windows = _windows(group_sizes, length, block_m, align=1)
+  num_groups = group_sizes.shape[0]
+  length = max_tiles(num_rows, num_groups, block_m)
+  groups = _groups(group_sizes, num_rows, block_m, 1, num_groups)
+  windows = _windows(groups, length, block_m)
   return TileSchedule(
     windows.expert_ids, windows.first_rows, windows.ends, windows.num_tiles
   )
@@ -111,9 +113,10 @@ def window_schedule(
     >>> windows.first_rows[:4].tolist(), windows.begins[:4].tolist()
     ([0, 4, 8, 0], [0, 1, 0, 0])
   """
-  length = max_windows(num_rows, group_sizes.shape[0], block_m, align)
-  group_sizes = _with_ungrouped(group_sizes, num_rows)
-  return _windows(group_sizes, length, block_m, align)
+  num_experts = group_sizes.shape[0]
+  length = max_windows(num_rows, num_experts, block_m, align)
+  groups = _groups(group_sizes, num_rows, block_m, align, num_experts + 1)
+  return _windows(groups, length, block_m)
 
 
 def window_of_rows(
@@ -131,72 +134,71 @@ def window_of_rows(
     align: what the start of a window is a multiple of.
   """
   num_rows = expert_ids.shape[0]
-  groups = _groups(_with_ungrouped(group_sizes, num_rows), block_m, align)
+  num_groups = group_sizes.shape[0] + 1
+  groups = _groups(group_sizes, num_rows, block_m, align, num_groups)
   places = jnp.arange(num_rows, dtype=jnp.int32) - groups.aligned[expert_ids]
-  first_tiles = (groups.tile_ends - groups.tiles)[expert_ids]
-  return first_tiles + places // block_m, places % block_m
+  windows = groups.first_tiles[expert_ids] + places // block_m
+  return windows, places % block_m
 
 
 class _Groups(NamedTuple):
   starts: Int[Array, " G"]
   ends: Int[Array, " G"]
   aligned: Int[Array, " G"]
-  tiles: Int[Array, " G"]
+  first_tiles: Int[Array, " G"]
   tile_ends: Int[Array, " G"]
 
 
-def _groups(group_sizes: Int[Array, " G"], block_m: int, align: int) -> _Groups:
-  ends = _running_sum(group_sizes)
-  starts = ends - group_sizes
+def _groups(
+  group_sizes: Int[Array, " E"],
+  num_rows: int,
+  block_m: int,
+  align: int,
+  num_groups: int,
+) -> _Groups:
+  """Returns where groups lie; the rows of none are group E, if counted."""
+  # Sums over masks: on a GPU one small kernel each, where a cumsum is several.
+  # Barriers, or XLA would count once more in every kernel that reads a count.
+  groups = jnp.arange(num_groups, dtype=jnp.int32)
+  experts = jnp.arange(group_sizes.shape[0], dtype=jnp.int32)[None, :]
+  sizes = group_sizes.astype(jnp.int32)[None, :]
+  sum_where = lambda mask, values: jnp.sum(
+    jnp.where(mask, values, 0), axis=1, dtype=jnp.int32
+  )
+  starts, ends = lax.optimization_barrier(
+    (
+      sum_where(experts < groups[:, None], sizes),
+      sum_where(experts <= groups[:, None], sizes),
+    )
+  )
+  ends = jnp.where(groups == group_sizes.shape[0], jnp.int32(num_rows), ends)
   aligned = starts - starts % jnp.int32(align)
-  tiles = jnp.where(group_sizes > 0, -(-(ends - aligned) // block_m), 0)
-  return _Groups(starts, ends, aligned, tiles, _running_sum(tiles))
+  tiles = jnp.where(ends > starts, -(-(ends - aligned) // block_m), 0)
+  tile_ends = lax.optimization_barrier(
+    sum_where(groups[None, :] <= groups[:, None], tiles[None, :])
+  )
+  return _Groups(starts, ends, aligned, tile_ends - tiles, tile_ends)
 
 
-def _running_sum(sizes: Int[Array, " G"]) -> Int[Array, " G"]:
-  # G * G masked sums: on a GPU one small kernel, where a cumsum is several.
-  groups = jnp.arange(sizes.shape[0], dtype=jnp.int32)
-  upto = groups[None, :] <= groups[:, None]
-  return jnp.sum(jnp.where(upto, sizes[None, :], 0), axis=1, dtype=jnp.int32)
-
-
-def _with_ungrouped(
-  group_sizes: Int[Array, " E"], num_rows: int
-) -> Int[Array, " E+1"]:
-  # Otherwise XLA counts each group's rows once more for the sum below.
-  group_sizes = lax.optimization_barrier(group_sizes.astype(jnp.int32))
-  ungrouped = jnp.int32(num_rows) - jnp.sum(group_sizes, dtype=jnp.int32)
-  return jnp.concatenate([group_sizes, ungrouped[None]])
-
-
-def _windows(
-  group_sizes: Int[Array, " G"], length: int, block_m: int, align: int
-) -> WindowSchedule:
-  groups = _groups(group_sizes, block_m, align)
+def _windows(groups: _Groups, length: int, block_m: int) -> WindowSchedule:
   tiles = jnp.arange(length, dtype=jnp.int32)
-  # Comparing with every group's end beats a binary search on a GPU, and masked
-  # sums beat gathers: one fused kernel of length * E comparisons.
+  # Comparing with every group's end beats a binary search on a GPU.
   is_past = tiles[:, None] >= groups.tile_ends[None, :]
-  first_tiles = groups.tile_ends - groups.tiles
-  is_in = ~is_past & (tiles[:, None] >= first_tiles[None, :])
-
-  def of_group(values):
-    masked = jnp.where(is_in, values[None, :], 0)
-    return jnp.sum(masked, axis=1, dtype=jnp.int32)
-
-  group = jnp.sum(is_past, axis=1, dtype=jnp.int32)
-  place = (tiles - of_group(first_tiles)) * block_m
-  in_use = tiles < groups.tile_ends[-1]
-  first_rows = jnp.where(in_use, of_group(groups.aligned) + place, 0)
+  group = lax.optimization_barrier(jnp.sum(is_past, axis=1, dtype=jnp.int32))
+  num_groups = groups.ends.shape[0]
+  in_use = group < num_groups
+  group = jnp.minimum(group, num_groups - 1)
+  place = (tiles - groups.first_tiles[group]) * block_m
+  first_rows = jnp.where(in_use, groups.aligned[group] + place, 0)
 
   def clip(row):
     rows = jnp.where(in_use, jnp.clip(row - first_rows, 0, block_m), 0)
     return rows.astype(jnp.int32)
 
   return WindowSchedule(
-    expert_ids=jnp.minimum(group, group_sizes.shape[0] - 1),
+    expert_ids=group,
     first_rows=first_rows.astype(jnp.int32),
-    begins=clip(of_group(groups.starts)),
-    ends=clip(of_group(groups.ends)),
+    begins=clip(groups.starts[group]),
+    ends=clip(groups.ends[group]),
     num_tiles=groups.tile_ends[-1],
   )
