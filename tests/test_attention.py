@@ -136,6 +136,18 @@ def test_moa_equals_its_definition(segment_ids, positions, window):
   assert cache is None
 
 
+def test_a_new_layer_answers_as_loudly_as_a_dense_one():
+  # Values of variance one, seen by themselves alone, and gates that are even.
+  layer = smnn.MixtureOfAttention(
+    num_experts=8, top_k=4, num_heads=4, head_dim=16, sliding_window=1,
+    router_kernel_init=nn.initializers.zeros_init(),
+  )  # fmt: skip
+  x = jax.random.normal(jax.random.key(0), (8, 16, 128))
+  variables = jax.jit(layer.init)(jax.random.key(1), x)
+  y = jax.jit(layer.apply)(variables, x)[0]
+  np.testing.assert_allclose(np.var(y), 1, rtol=0.1)
+
+
 def test_mask_is_padding():
   layer, x = module(use_output_bias=True), tokens()
   variables = randomized(layer, x)

@@ -75,7 +75,8 @@ class MixtureOfAttention(nn.Module):
     param_dtype: of the parameters.
     precision: of the projections, as `jax.lax.dot_general` takes it.
     kernel_init: of the query projections; scaled by the fan-in of one expert.
-    out_kernel_init: of the output projections; None for `kernel_init`.
+    out_kernel_init: of the output projections; None for k / fan-in as variance,
+      as the average of k experts has a k-th of the variance of one.
     key_value_kernel_init: of the shared projection.
     router_kernel_init: of the router's kernel (d, E).
     bias_init: of all biases.
@@ -235,7 +236,10 @@ class MixtureOfAttention(nn.Module):
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       precision=self.precision,
-      kernel_init=self.out_kernel_init or self.kernel_init,
+      kernel_init=self.out_kernel_init
+      or nn.initializers.variance_scaling(
+        self.top_k, "fan_in", "truncated_normal", batch_axis=0
+      ),
       implementation=self.implementation,
       name="output",
     )
