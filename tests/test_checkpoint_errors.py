@@ -135,6 +135,9 @@ def test_an_unexpected_tensor_is_named(mixtral):
   ("change", "message"),
   [
     ({"model_type": "gpt5"}, "config.json: model_type 'gpt5' is not known"),
+    ({"model_type": ["mixtral"]}, r"model_type \['mixtral'\] is not known"),
+    ({"model_type": "scattermoe_jax"}, "config.json lacks the entry 'model'"),
+    ({"hidden_size": "32"}, "config.json: hidden_size = '32' is no integer"),
     ({"hidden_size": None}, "config.json lacks the entry 'hidden_size'"),
     ({"num_attention_heads": 3}, "num_heads = 3 is not a multiple"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear'"),

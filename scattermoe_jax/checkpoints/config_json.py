@@ -22,6 +22,10 @@ CONFIG_NAME = "config.json"
 # Fields that say how to compute, not what: no config.json speaks of them.
 _NOT_STORED = ("dtype", "param_dtype", "remat", "implementation")
 
+_INTEGERS = {
+  field.name for field in dataclasses.fields(ModelConfig) if field.type is int
+}
+
 
 def read_entries(directory: str | os.PathLike) -> dict[str, Any]:
   """Returns the config.json of a folder.
@@ -53,6 +57,8 @@ def config_from_entries(entries: Entries, where: str) -> ModelConfig:
       something that `Transformer` does not compute.
   """
   if entries.get("model_type") == OWN_FAMILY:
+    if not isinstance(entries.get("model"), dict):
+      raise CheckpointError(f"{where} lacks the entry 'model'.")
     return _checked(ModelConfig.from_dict, entries["model"], where)
   family = get_family(entries.get("model_type"), where)
   for key, supported in family.entries.items():
@@ -71,6 +77,10 @@ def config_from_entries(entries: Entries, where: str) -> ModelConfig:
         raise CheckpointError(f"{where} lacks the entry {field.theirs!r}.")
       default = field.default
       value = default(entries) if callable(default) else default
+    if isinstance(value, str) and field.ours in _INTEGERS:
+      raise CheckpointError(
+        f"{where}: {field.theirs} = {value!r} is no integer."
+      )
     ours[field.ours] = field.read(value, entries) if field.read else value
   ours |= family.derive(ours)
   ours |= _read_rope(entries, family, where)
@@ -102,13 +112,13 @@ def config_to_entries(config: ModelConfig, family_name: str) -> dict[str, Any]:
   return entries
 
 
-def get_family(model_type: str | None, where: str) -> Family:
+def get_family(model_type: object, where: str) -> Family:
   """Returns the family of that name.
 
   Raises:
     CheckpointError: if it is unknown.
   """
-  if model_type not in FAMILIES:
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise CheckpointError(
       f"{where}: model_type {model_type!r} is not known; known are "
       f"{sorted(FAMILIES)}."
