@@ -3,7 +3,8 @@
   python -m benchmarks.report [--readme]
 
 Prints every record of `benchmarks/results` that the README shows, or writes
-them between its speed markers. No number is typed by hand.
+them between its speed markers and draws the pictures in `docs/images`. No
+number is typed by hand.
 """
 
 import argparse
@@ -12,10 +13,16 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import figures
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import RESULTS
 
 _ROOT = pathlib.Path(__file__).parent.parent
+_IMAGES = pathlib.Path("docs/images")
+_PICTURES = {
+  "bench_mlp": "Speed and memory of the layer, beside its peers'",
+  "bench_granularity": "Speed where experts are many and narrow",
+}
 _BEGIN, _END = "<!-- begin speed -->", "<!-- end speed -->"
 
 Record = dict[str, Any]
@@ -42,6 +49,74 @@ def ops_table(records: Sequence[Record]) -> str:
     for shape in shapes
   ]
   return _table(["of a dense `jnp.dot`", *ops], rows)
+
+
+def layers_table(records: Sequence[Record]) -> str:
+  """Returns a training step of each layer, beside dense products and peers."""
+  steps = {
+    (r["shape"], r["implementation"]): r
+    for r in records
+    if r["direction"] == "forward+backward" and r["routing"] == "random"
+  }
+  there = dict.fromkeys(name for _, name in steps)
+  others = [n for n in ("sonicmoe", "scattermoe", "tokamax") if n in there]
+  rows = []
+  for shape in dict.fromkeys(shape for shape, _ in steps):
+    if (shape, "scattermoe_jax") not in steps:
+      continue
+    mine = steps[shape, "scattermoe_jax"]
+    row = [_described(shape), f"{mine['ms_median']:.2f} ms"]
+    row.append(f"{mine['of_dense']:.2f}" if "of_dense" in mine else "")
+    for name in others:
+      theirs = steps.get((shape, name))
+      faster = theirs and theirs["ms_median"] / mine["ms_median"]
+      row.append(f"{faster:.2f}" if faster else "")
+    rows.append([*row, f"{mine['peak_mib']:.0f} MiB"])
+  header = ["forward and backward", "time", "of dense products"]
+  header += [f"times faster than {name}" for name in others]
+  return _table([*header, "peak"], rows)
+
+
+def memory_table(records: Sequence[Record]) -> str:
+  """Returns what each way to save memory costs in time."""
+  rows = [
+    [
+      r["shape"],
+      r["implementation"].replace("_", " "),
+      f"{r['held_mib']:.0f} MiB",
+      f"{r['peak_mib']:.0f} MiB",
+      f"{r['of_peak']:.2f}",
+      f"{r['of_time']:.2f}",
+    ]
+    for r in records
+  ]
+  return _table(
+    ["layer", "variant", "held", "peak", "of the peak", "of the time"], rows
+  )
+
+
+def train_table(records: Sequence[Record]) -> str:
+  """Returns a language model's training step, by what its layers are."""
+  rows = [
+    [
+      r["variant"],
+      f"{r['params'] / 1e9:.2f} B",
+      f"{r['tokens_per_s']:.0f}",
+      f"{r['mfu']:.2f}",
+      f"{r['peak_mib'] / 1024:.1f} GiB",
+    ]
+    for r in records
+  ]
+  return _table(
+    [
+      "training a model",
+      "parameters",
+      "tokens/s",
+      "model FLOPs of the dense rate",
+      "peak",
+    ],
+    rows,
+  )
 
 
 def decode_table(records: Sequence[Record]) -> str:
@@ -83,13 +158,20 @@ def speed_section() -> str:
   """Returns the README's section on speed, from the records there are."""
   parts = []
   for device, bench, table in (
+    ("h200", "bench_mlp", layers_table),
     ("h200", "bench_ops", ops_table),
+    ("h200", "bench_train", train_table),
     ("h200", "bench_decode", decode_table),
     ("cpu", "bench_cpu", cpu_table),
   ):
     records = load(device, bench)
-    if records:
-      parts += [table(records), _made_by(records)]
+    made = table(records) if records else ""
+    if made:
+      parts += [made, _made_by(records)]
+  for bench, title in _PICTURES.items():
+    picture = _IMAGES / f"{bench}.png"
+    if (_ROOT / picture).is_file():
+      parts.append(f"![{title}]({picture})")
   return "\n\n".join(parts) or "No record yet."
 
 
@@ -101,6 +183,9 @@ def _made_by(records: Sequence[Record]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Returns a table in Markdown; nothing if it has no rows."""
+  if not rows:
+    return ""
   lines = [header, ["---"] * len(header), *rows]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -118,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--readme", action="store_true")
   if parser.parse_args(arguments).readme:
+    figures.draw_all(lambda bench: load("h200", bench), _ROOT / _IMAGES)
     write_readme()
   else:
     print(speed_section())

@@ -1,0 +1,85 @@
+"""Tables and pictures say what the records say."""
+
+import pytest
+
+from benchmarks import figures, report, shapes
+
+pytest.importorskip("matplotlib")
+
+MS = {
+  "dense": 9.0,
+  "scattermoe_jax": 10.0,
+  "sonicmoe": 12.0,
+  "scattermoe": 25.0,
+}
+
+
+def layer_records(names):
+  return [
+    {
+      "shape": shape,
+      "direction": direction,
+      "routing": "random",
+      "implementation": implementation,
+      "ms_median": ms,
+      "of_dense": MS["dense"] / ms,
+      "tflops": 6000 / ms,
+      "peak_mib": None if implementation == "dense" else 100 * ms,
+      "held_mib": 50.0,
+      "of_peak": ms / 10.0,
+      "of_time": 10.0 / ms,
+    }
+    for shape in names
+    for direction in ("forward", "forward+backward")
+    for implementation, ms in MS.items()
+  ]
+
+
+def test_layers_table_says_how_much_faster_than_whom():
+  header, _, row = report.layers_table(layer_records(["C1"])).splitlines()
+  assert header.endswith(
+    "times faster than sonicmoe | times faster than scattermoe | peak |"
+  )
+  assert row.endswith("| 10.00 ms | 0.90 | 1.20 | 2.50 | 1000 MiB |")
+
+
+def test_layers_table_without_a_step_is_nothing():
+  forward = [r for r in layer_records(["C1"]) if r["direction"] == "forward"]
+  assert report.layers_table(forward) == ""
+
+
+def test_memory_table_says_what_is_saved_and_what_it_costs():
+  [record] = [
+    r for r in layer_records(["C1"])[4:] if r["implementation"] == "sonicmoe"
+  ]
+  table = report.memory_table([record | {"implementation": "keep_h"}])
+  last = table.splitlines()[-1]
+  assert last == "| C1 | keep h | 50 MiB | 1200 MiB | 1.20 | 0.83 |"
+
+
+def test_pictures_have_every_implementation(tmp_path, monkeypatch):
+  records = {
+    "bench_mlp": layer_records(["C1", "C2"]),
+    "bench_memory": layer_records(["C1"])[5:6],
+    "bench_granularity": layer_records(shapes.GRANULARITY),
+    "bench_sparsity": layer_records(shapes.SPARSITY),
+  }
+  labels = {}
+  save = figures._save
+
+  def look(figure, path):
+    legends = [a.get_legend() for a in figure.axes if a.get_legend()]
+    labels[path.stem] = {t.get_text() for g in legends for t in g.get_texts()}
+    save(figure, path)
+
+  monkeypatch.setattr(figures, "_save", look)
+  drawn = figures.draw_all(lambda bench: records[bench], tmp_path)
+  assert [path.stem for path in drawn] == list(records)
+  assert all(path.stat().st_size > 5000 for path in drawn)
+  for bench in ("bench_mlp", "bench_granularity", "bench_sparsity"):
+    assert labels[bench] == {figures.LABELS[name] for name in MS}, bench
+
+
+def test_a_benchmark_that_never_ran_has_no_picture(tmp_path):
+  assert figures.draw_all(lambda bench: [], tmp_path / "images") == []
+  assert not (tmp_path / "images").exists()
