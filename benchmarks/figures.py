@@ -69,7 +69,7 @@ def draw_layers(records: Sequence[Record], path: pathlib.Path) -> None:
     mine = [r for r in records if r["direction"] == direction]
     _bars(panel, mine, shapes, field)
     panel.set_title(title, loc="left", fontsize=10)
-  panels[0].legend(frameon=False, fontsize=8, ncols=3)
+  _legend(figure, panels[0])
   _save(figure, path)
 
 
@@ -130,7 +130,7 @@ def _draw_by_k(records, path, label: str) -> None:
     ticks = sorted({_top_k(r["shape"]) for r in mine})
     panel.set_xticks(ticks, [str(k) for k in ticks])
     panel.set_ylim(bottom=0)
-  panels[0].legend(frameon=False, fontsize=8)
+  _legend(figure, panels[0])
   _save(figure, path)
 
 
@@ -190,6 +190,17 @@ def _figure(rows: int, *, columns: int = 1, height: float):
     squeeze=False,
   )
   return figure, list(panels.flat)
+
+
+def _legend(figure, panel) -> None:
+  """Says below all panels what the marks of one of them mean."""
+  figure.legend(
+    *panel.get_legend_handles_labels(),
+    loc="outside lower center",
+    ncols=4,
+    frameon=False,
+    fontsize=8,
+  )
 
 
 def _save(figure, path: pathlib.Path) -> None:

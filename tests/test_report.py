@@ -68,8 +68,8 @@ def test_pictures_have_every_implementation(tmp_path, monkeypatch):
   save = figures._save
 
   def look(figure, path):
-    legends = [a.get_legend() for a in figure.axes if a.get_legend()]
-    labels[path.stem] = {t.get_text() for g in legends for t in g.get_texts()}
+    texts = (text for g in figure.legends for text in g.get_texts())
+    labels[path.stem] = {text.get_text() for text in texts}
     save(figure, path)
 
   monkeypatch.setattr(figures, "_save", look)
