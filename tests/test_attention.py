@@ -40,6 +40,24 @@ def randomized(layer, x):
   )
 
 
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_moa_on_several_devices_runs_inside_shard_map_and_says_so():
+  layer, x = module(implementation="xla"), tokens()
+  variables = randomized(layer, x)
+  apply = lambda v, x: layer.apply(v, x)[0]
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+  split, whole = jax.P("data"), jax.P()
+  wrapped = jax.shard_map(
+    apply, mesh=mesh, in_specs=(whole, split), out_specs=split
+  )
+  expected = jax.jit(apply)(variables, x)
+  error = jnp.abs(jax.jit(wrapped)(variables, x) - expected).max()
+  assert error < 1e-6 * jnp.abs(expected).max()
+  x = jax.device_put(x, jax.sharding.NamedSharding(mesh, split))
+  with pytest.warns(UserWarning, match="shard_map.*MixtureOfAttention"):
+    jax.jit(apply).lower(variables, x)
+
+
 @contextlib.contextmanager
 def as_users_have_it():
   """JAX's own settings for promotion, which a program runs under."""

@@ -45,7 +45,8 @@ class MixtureOfAttention(nn.Module):
   """Attention whose heads each token picks: k experts of `num_heads` heads.
 
   k * num_heads query heads are active; keys and values have `num_heads` heads,
-  which all experts share. Causal, with rotary positions.
+  which all experts share. Causal, with rotary positions. On several devices,
+  call it inside `jax.shard_map`, sequences split: it has no `mesh_axes`.
 
   Submodules: `router` (`Router`), `query` (kernel (E, d, n d_head)),
   `key_value` (kernel (d, 2 n d_head), keys first) and `output` (kernel

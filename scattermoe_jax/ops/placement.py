@@ -44,7 +44,7 @@ def _complain(function: str, implementation: str, num_devices: int) -> None:
     return
   remedy = (
     "use scattermoe_jax.sharding (Flax modules: mesh_axes=...), or call it "
-    "inside jax.shard_map"
+    "inside jax.shard_map (MixtureOfAttention, which has no mesh_axes, too)"
   )
   if implementation != "xla":
     raise NotImplementedError(
