@@ -19,7 +19,8 @@ forward to the backward, less x, gates and weights. Before its time is printed,
 an implementation is compared with float32: y and the gradients of x and gates
 for some tokens, the weight gradients of one expert (of peers, the former).
 
-Records of what needs no installing are made first; peers are built after that,
+All shapes are compiled side by side, then measured one after the other. Records
+of what needs no installing are made first; peers are built after that,
 each in at most `--peer-seconds`, and measured in turns with all of the rest.
 """
 
@@ -36,7 +37,7 @@ from jax import lax
 from benchmarks import baselines, command, peers, timing
 from benchmarks.compiling import Job, abstract, compile_together
 from benchmarks.peers import Layer, Step
-from benchmarks.shapes import LAYERS, Shape, expert_ids, normal_array
+from benchmarks.shapes import LAYERS, SHAPES, Shape, expert_ids, normal_array
 from scattermoe_jax.ops import smoe_mlp
 from scattermoe_jax.routing import route
 from tests.accuracy import assert_accurate
@@ -63,21 +64,21 @@ class Inputs(NamedTuple):
 
 def inputs(shape: Shape, routing: str) -> Inputs:
   """Returns normal data, weights scaled to keep activations near one."""
+  return jax.jit(functools.partial(_inputs, shape, routing))()
+
+
+def _inputs(shape: Shape, routing: str) -> Inputs:
   rows = (shape.num_tokens, shape.d_model)
   experts, d, n = shape.num_experts, shape.d_model, shape.d_expert
-
-  def make():
-    gates = normal_array(1, rows[0], shape.top_k, dtype=jnp.float32)
-    return Inputs(
-      normal_array(0, *rows),
-      jax.nn.softmax(gates),
-      normal_array(2, experts, d, 2 * n) * jnp.bfloat16(d**-0.5),
-      normal_array(3, experts, n, d) * jnp.bfloat16(n**-0.5),
-      expert_ids(shape, routing),
-      normal_array(4, *rows),
-    )
-
-  return jax.jit(make)()
+  gates = normal_array(1, rows[0], shape.top_k, dtype=jnp.float32)
+  return Inputs(
+    normal_array(0, *rows),
+    jax.nn.softmax(gates),
+    normal_array(2, experts, d, 2 * n) * jnp.bfloat16(d**-0.5),
+    normal_array(3, experts, n, d) * jnp.bfloat16(n**-0.5),
+    expert_ids(shape, routing),
+    normal_array(4, *rows),
+  )
 
 
 def step_of(layer: Layer, direction: str):
@@ -97,22 +98,34 @@ def jax_steps(
   layers: Mapping[str, Layer], data: Inputs, directions: Sequence[str]
 ) -> dict[tuple[str, str], Step]:
   """Returns the steps of layers by name and direction, compiled together."""
-  shapes = abstract(data)
-  jobs = {
+  made = compile_together(step_jobs(layers, abstract(data), directions))
+  return {
+    key: compiled_step(future.result(), layers[key[0]], data, key[1])
+    for key, future in made.items()
+  }
+
+
+def step_jobs(
+  layers: Mapping[str, Layer], shapes: Inputs, directions: Sequence[str]
+) -> dict[tuple[str, str], Job]:
+  """Returns what to compile, by name and direction."""
+  return {
     (name, direction): Job(step_of(layer, direction), tuple(shapes))
     for name, layer in layers.items()
     for direction in directions
   }
-  steps = {}
-  for (name, direction), future in compile_together(jobs).items():
-    compiled = future.result()
-    memory = compiled.memory_analysis()
-    steps[name, direction] = Step(
-      functools.partial(compiled, *data),
-      memory.temp_size_in_bytes + memory.output_size_in_bytes,
-      held_bytes(layers[name], shapes) if direction != "forward" else None,
-    )
-  return steps
+
+
+def compiled_step(
+  compiled: jax.stages.Compiled, layer: Layer, data: Inputs, direction: str
+) -> Step:
+  """Returns a compiled step of a layer, and what it says of its memory."""
+  memory = compiled.memory_analysis()
+  return Step(
+    functools.partial(compiled, *data),
+    memory.temp_size_in_bytes + memory.output_size_in_bytes,
+    held_bytes(layer, abstract(data)) if direction != "forward" else None,
+  )
 
 
 def held_bytes(layer: Layer, data: Inputs) -> int:
@@ -159,33 +172,33 @@ def composed(num_experts: int) -> Layer:
   return layer
 
 
-def own_steps(
-  shape: Shape,
-  data: Inputs,
-  implementations: Sequence[str],
-  directions: Sequence[str],
-  backend: str | None,
-) -> dict[tuple[str, str], Step]:
-  """Returns the steps of all that needs no installing, checked."""
+def own_layers(
+  shape: Shape, implementations: Sequence[str], backend: str | None
+) -> dict[str, Layer]:
+  """Returns the layers in JAX that need no installing, by name."""
   known = {
     "scattermoe_jax": ours(shape.num_experts, backend),
     "scattermoe_jax_chunked": ours(shape.num_experts, backend, _CHUNKS),
     "composed": composed(shape.num_experts),
   }
-  layers = {name: known[name] for name in implementations if name in known}
-  steps = jax_steps(layers, data, directions)
-  if "dense" in implementations:
-    operands = jax.jit(lambda: baselines.dense_operands(shape))()
-    jobs = {
-      direction: Job(
-        functools.partial(baselines.dense_mlp, direction=direction), (operands,)
-      )
-      for direction in directions
-    }
-    for direction, future in compile_together(jobs).items():
-      call = functools.partial(future.result(), operands)
-      steps["dense", direction] = Step(call)
-  return steps
+  return {name: known[name] for name in implementations if name in known}
+
+
+def own_jobs(
+  shape: Shape, layers: Mapping[str, Layer], directions, routing: str
+) -> dict[Any, Job]:
+  """Returns all that a shape has to have compiled, but for peers."""
+  make = functools.partial(_inputs, shape, routing)
+  data = jax.eval_shape(make)
+  jobs: dict[Any, Job] = step_jobs(layers, data, directions)
+  operands = functools.partial(baselines.dense_operands, shape)
+  for direction in directions:
+    dense = functools.partial(baselines.dense_mlp, direction=direction)
+    jobs["dense", direction] = Job(dense, (jax.eval_shape(operands),))
+  jobs["operands"] = Job(operands, ())
+  jobs["inputs"] = Job(make, ())
+  jobs["truth"] = Job(_truth_of, (data,))
+  return jobs
 
 
 class Truth(NamedTuple):
@@ -202,9 +215,12 @@ class Truth(NamedTuple):
   baseline: tuple[jax.Array, ...]
 
 
-@jax.jit
 def truth_of(data: Inputs) -> Truth:
   """Returns what results are compared with."""
+  return jax.jit(_truth_of)(data)
+
+
+def _truth_of(data: Inputs) -> Truth:
   experts = data.w_in.shape[0]
   sizes = jnp.zeros((experts,), jnp.int32).at[data.expert_ids].add(1)
   expert = jnp.argsort(sizes)[experts // 2]
@@ -279,24 +295,30 @@ def check(data: Inputs, truth: Truth, results: Sequence[jax.Array]) -> None:
 
 def run(
   shape: Shape,
+  compiled: Mapping[Any, jax.stages.Compiled],
+  layers: Mapping[str, Layer],
   *,
   implementations: Sequence[str] = IMPLEMENTATIONS,
   directions: Sequence[str] = DIRECTIONS,
   routing: str = "random",
-  backend: str | None = None,
   peer_seconds: float = 60.0,
   **sampling: Any,
 ) -> Iterator[list[dict[str, Any]]]:
   """Yields the records of one shape, those of a direction together."""
   start = time.perf_counter()
-  data = inputs(shape, routing)
-  truth = truth_of(data)
-  steps = own_steps(shape, data, implementations, directions, backend)
-  _say(shape, "compiled", start)
-  start = time.perf_counter()
-  for (name, _), step in steps.items():
-    if name != "dense":
-      check(data, truth, step.call())
+  data = compiled["inputs"]()
+  truth = compiled["truth"](data)
+  steps = {
+    key: compiled_step(compiled[key], layers[key[0]], data, key[1])
+    for key in step_jobs(layers, data, directions)
+  }
+  for step in steps.values():
+    check(data, truth, step.call())
+  if "dense" in implementations:
+    operands = compiled["operands"]()
+    for direction in directions:
+      call = functools.partial(compiled["dense", direction], operands)
+      steps["dense", direction] = Step(call)
   _say(shape, "right", start)
   for direction in directions:
     chosen = {
@@ -422,15 +444,37 @@ def main(
   parser.add_argument("--backend", default=None)
   parser.add_argument("--peer-seconds", type=float, default=60.0)
   options = parser.parse_args(arguments)
-  measure = functools.partial(
-    run,
-    implementations=options.implementations,
-    directions=options.directions,
-    routing=options.routing,
-    backend=options.backend,
-    peer_seconds=options.peer_seconds,
-    **command.sampling(options),
+  layers = {
+    name: own_layers(SHAPES[name], options.implementations, options.backend)
+    for name in options.shapes
+  }
+  start = time.perf_counter()
+  # All shapes before the first is measured: a compiler takes turns badly.
+  made = compile_together(
+    {
+      (name, key): job
+      for name in options.shapes
+      for key, job in own_jobs(
+        SHAPES[name], layers[name], options.directions, options.routing
+      ).items()
+    }
   )
+  print(f"compiled after {time.perf_counter() - start:.1f} s", flush=True)
+
+  def measure(shape: Shape):
+    return run(
+      shape,
+      {
+        key: f.result() for (name, key), f in made.items() if name == shape.name
+      },
+      layers[shape.name],
+      implementations=options.implementations,
+      directions=options.directions,
+      routing=options.routing,
+      peer_seconds=options.peer_seconds,
+      **command.sampling(options),
+    )
+
   return command.measure_each(options, measure, bench=bench, key=KEY)
 
 
