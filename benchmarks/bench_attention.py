@@ -352,11 +352,10 @@ def evidence(shape: Shape, given: Inputs, first, whole) -> Evidence:
     whole: the results of all but dense for `dy`.
   """
   plain = _plain_results(shape, given, {direction for direction, _ in first})
-  of_first = lambda a: a[:1] if a.shape == given.x.shape else a
   worst = {
     (direction, name): jax.tree.map(
       _worst,
-      jax.tree.map(of_first, got),
+      _of_first_sequence(got, direction),
       *plain["dense" if name == "dense" else "moa", direction],
     )
     for (direction, name), got in first.items()
@@ -366,6 +365,13 @@ def evidence(shape: Shape, given: Inputs, first, whole) -> Evidence:
     for (direction, name), other in whole.items()
   }
   return Evidence(worst, apart)
+
+
+def _of_first_sequence(results, direction: str):
+  if direction == "forward":
+    return results[:1]
+  y, (dparams, dx) = results
+  return y[:1], (dparams, dx[:1])
 
 
 def _plain_results(shape: Shape, given: Inputs, directions):
