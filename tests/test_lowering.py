@@ -44,8 +44,8 @@ def lowered(f, *shapes):
   return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def kernel_text(f, *shapes):
-  """Returns the Triton code of the one kernel of f, which travels as bytes."""
+def kernel_of(f, *shapes):
+  """Returns how the one kernel of f is launched: a dict of attributes."""
   module = jax.jit(f).trace(*structs(*shapes))
   module = module.lower(lowering_platforms=("cuda",)).compiler_ir()
   found = []
@@ -54,14 +54,25 @@ def kernel_text(f, *shapes):
     if op.name == "stablehlo.custom_call" and TARGET in str(
       op.attributes["call_target_name"]
     ):
-      found.append(op.attributes["mhlo.backend_config"]["ir"].value_bytes)
+      found.append(op.attributes["mhlo.backend_config"])
     return ir.WalkResult.ADVANCE
 
   module.operation.walk(look)
-  (code,) = found
+  (kernel,) = found
+  return kernel
+
+
+def kernel_text(f, *shapes):
+  """Returns the Triton code of the one kernel of f, which travels as bytes."""
+  code = kernel_of(f, *shapes)["ir"].value_bytes
   with ir.Context() as context, ir.Location.unknown():
     triton_dialect.register_dialect(context)
     return str(ir.Module.parse(code))
+
+
+def grid_of(f, *shapes):
+  """Returns how many programs the one kernel of f has."""
+  return kernel_of(f, *shapes)["grid_x"].value
 
 
 @pytest.mark.parametrize("kind", DEVICES)
@@ -107,6 +118,25 @@ def test_decode_lowers_with_a_split_contraction(layout):
       ((1, 8), jnp.int32),
     )
   assert text.count(TARGET) == 1
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+def test_many_tiles_lower_with_a_program_per_core(kind):
+  def grid(num_tokens):
+    f = lambda x, w, bias, ids: triton.scatter2scatter(
+      x, w, route(ids, 8), bias=bias
+    )
+    with described(kind):
+      return grid_of(
+        f,
+        ((num_tokens, 512), jnp.bfloat16),
+        ((8, 512, 1000), jnp.bfloat16),
+        ((8, 1000), jnp.bfloat16),
+        ((num_tokens, 4), jnp.int32),
+      )
+
+  assert grid(2**15) == DEVICES[kind]
+  assert grid(2**5) != DEVICES[kind]
 
 
 def test_precision_decides_tensor_float_32():

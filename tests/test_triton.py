@@ -1,5 +1,8 @@
 """The Triton kernels, in the interpreter and by their pure parts."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +58,32 @@ def test_scatter2scatter_equals_the_oracle_on_hard_routings(dtype, split_k):
       plain.scatter2scatter(x, w, jnp.asarray(ids), bias=bias),
       err_msg=pattern,
     )
+
+
+@pytest.mark.parametrize(
+  "num_programs, grouped_in, grouped_out",
+  [(1, True, True), (3, False, True), (7, True, False), (40, False, False)],
+)
+def test_programs_that_walk_equal_a_program_per_tile(
+  num_programs, grouped_in, grouped_out
+):
+  x = normal(CASE.num_rows if grouped_in else CASE.num_tokens, CASE.d)
+  w = normal(CASE.num_experts, CASE.d, CASE.n, seed=1)
+  bias = normal(CASE.num_experts, CASE.n, seed=2)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(ids, config):
+    return triton.scatter2scatter(
+      x, w, routing_of(ids), bias=bias, grouped_in=grouped_in,
+      grouped_out=grouped_out, config=config, interpret=True,
+    )  # fmt: skip
+
+  walks = dataclasses.replace(CONFIG, num_programs=num_programs)
+  for pattern in strategies.PATTERNS:
+    ids = ids_of(pattern)
+    want = np.asarray(run(ids, CONFIG))
+    assert np.any(want) == (pattern != "none_here")
+    np.testing.assert_array_equal(run(ids, walks), want, err_msg=pattern)
 
 
 @pytest.mark.parametrize("layout", ["grouped", "scattered"])
@@ -235,6 +264,49 @@ def test_blocks_fit_the_device(capability):
             assert config.num_stages >= 2
             for block in (config.block_m, config.block_n, config.block_k):
               assert block >= 16 and block & (block - 1) == 0
+
+
+def config_of(rows, experts, d_in, d_out, itemsize=2, **changes):
+  device = dict(capability=(9, 0), num_cores=132) | changes
+  return tiles.scatter2scatter_config(
+    rows, experts, d_in, d_out, itemsize, **device
+  )
+
+
+def test_programs_walk_where_there_are_many_large_tiles():
+  large = config_of(2**18, 128, 4096, 2048)
+  assert large == tiles.TritonConfig(128, 256, 64, 3, 8, 1, num_programs=132)
+  few = config_of(2**12, 16, 4096, 2048)
+  assert few == dataclasses.replace(large, num_programs=None)
+  # A core holds two of float32's tiles, or none waits for the other.
+  assert config_of(2**18, 128, 4096, 2048, 4).num_programs is None
+  for num_tokens in (1, 8, 64, 512):
+    rows = num_tokens * 8
+    assert config_of(rows, 128, 4096, 2048).num_programs is None
+
+
+@pytest.mark.gpu
+def test_programs_that_walk_equal_a_program_per_tile_on_the_device():
+  # A hundred tiles an expert, some rows with nobody.
+  case = Case(4096, 4, 8, 512, 520)
+  x = normal(case.num_tokens, case.d, dtype="bfloat16")
+  w = normal(case.num_experts, case.d, case.n, dtype="bfloat16", seed=1)
+  single = tiles.TritonConfig(128, 256, 64, 3, 8)
+  walks = dataclasses.replace(single, num_programs=132)
+
+  @functools.partial(jax.jit, static_argnums=(1, 2))
+  def run(ids, grouped_out, config):
+    routing = route(ids, case.num_experts)
+    return triton.scatter2scatter(
+      x, w, routing, grouped_out=grouped_out, config=config
+    )
+
+  for pattern in ("even", "skewed", "some_not_here"):
+    ids = jnp.asarray(strategies.expert_ids(case, pattern))
+    for grouped_out in (False, True):
+      np.testing.assert_array_equal(
+        run(ids, grouped_out, walks), run(ids, grouped_out, single), pattern
+      )
 
 
 @pytest.mark.gpu

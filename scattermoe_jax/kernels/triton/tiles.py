@@ -19,6 +19,9 @@ _SHARED_KIB_ELSE = 99
 # A part of the contraction below this is all prologue.
 _LEAST_CONTRACTION = 256
 
+# From so many tiles a core, programs walk from tile to tile.
+_TILES_TO_WALK = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class TritonConfig:
@@ -32,6 +35,8 @@ class TritonConfig:
     num_warps: warps of one program.
     split_k: parts of the contraction, each a program of its own;
       `scatter2scatter` only.
+    num_programs: programs that walk over all tiles; None for a program each.
+      `scatter2scatter` only.
   """
 
   block_m: int = 128
@@ -40,6 +45,7 @@ class TritonConfig:
   num_stages: int = 3
   num_warps: int = 4
   split_k: int = 1
+  num_programs: int | None = None
 
 
 def shared_bytes(config: TritonConfig, itemsize: int) -> int:
@@ -68,8 +74,8 @@ def scatter2scatter_config(
   block_m is such that most groups are one tile if they are short: then every
   weight is read once. Below 128 rows that reading is all that counts, and what
   speeds it up is loads in flight: many short steps, or parts of the contraction
-  where there are too few tiles for the device. Measured on an H200; elsewhere
-  made to fit.
+  where there are too few tiles for the device. Many large tiles are walked over
+  by a program per core. Measured on an H200; elsewhere made to fit.
   """
   mean = -(-num_rows // num_experts)
   block_m = min(max(_power_of_two(mean + mean // 2), 16), 128)
@@ -91,7 +97,13 @@ def scatter2scatter_config(
   ):
     split_k *= 2
   config = dataclasses.replace(config, split_k=split_k)
-  return _fit(config, itemsize, capability)
+  config = _fit(config, itemsize, capability)
+  # Walking gives up what a core gains from two programs at a time, so it is
+  # for tiles of which a core holds one.
+  one_a_core = 2 * shared_bytes(config, itemsize) > shared_limit(capability)
+  if block_m == 128 and one_a_core and programs >= _TILES_TO_WALK * num_cores:
+    config = dataclasses.replace(config, num_programs=num_cores)
+  return config
 
 
 def group_xty_config(
