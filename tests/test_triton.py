@@ -251,6 +251,10 @@ def test_blocks_fit_the_device(capability):
           configs = (
             tiles.scatter2scatter_config(
               rows, experts, d_in, d_out, itemsize,
+              capability=capability, num_cores=100, grouped_in=True,
+            ),
+            tiles.scatter2scatter_config(
+              rows, experts, d_in, d_out, itemsize,
               capability=capability, num_cores=100,
             ),
             tiles.group_xty_config(
@@ -283,6 +287,15 @@ def test_programs_walk_where_there_are_many_large_tiles():
   for num_tokens in (1, 8, 64, 512):
     rows = num_tokens * 8
     assert config_of(rows, 128, 4096, 2048).num_programs is None
+
+
+def test_about_32_rows_are_gathered_into_wide_tiles():
+  wide = tiles.TritonConfig(64, 256, 64, 2, 4)
+  narrow = tiles.TritonConfig(64, 128, 64, 4, 4)
+  assert config_of(4096, 128, 4096, 2048) == wide
+  assert config_of(4096, 128, 1024, 4096, grouped_in=True) == narrow
+  assert config_of(4096, 128, 4096, 1024) == narrow
+  assert config_of(512, 128, 4096, 2048).block_n == 128
 
 
 @pytest.mark.gpu

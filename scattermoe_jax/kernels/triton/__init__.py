@@ -88,6 +88,7 @@ def scatter2scatter(
       x.dtype.itemsize,
       capability=device.capability or (8, 0),
       num_cores=device.num_cores or 108,
+      grouped_in=grouped_in,
     )
 
   @sequential_vmap

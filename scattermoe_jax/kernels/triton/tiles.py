@@ -68,6 +68,7 @@ def scatter2scatter_config(
   *,
   capability: tuple[int, int],
   num_cores: int,
+  grouped_in: bool = False,
 ) -> TritonConfig:
   """Returns the blocks of `scatter2scatter` for a shape and a device.
 
@@ -82,7 +83,7 @@ def scatter2scatter_config(
   if block_m < 64:
     config = TritonConfig(block_m, 128, 32, num_stages=8, num_warps=4)
   elif block_m < 128:
-    config = TritonConfig(block_m, 128, 64, num_stages=4, num_warps=4)
+    config = _middling(d_out, itemsize, grouped_in)
   else:
     config = _large(itemsize, capability)
   block_n = min(config.block_n, max(_power_of_two(d_out), 16))
@@ -118,6 +119,14 @@ def group_xty_config(
     num_warps=4 if itemsize == 2 else 8,
   )
   return _fit(config, itemsize, capability)
+
+
+def _middling(d_out: int, itemsize: int, grouped_in: bool) -> TritonConfig:
+  """Returns the blocks for about 32 rows per expert."""
+  if itemsize == 2 and d_out >= 2048 and not grouped_in:
+    # A wide tile gathers each row half as often.
+    return TritonConfig(64, 256, 64, num_stages=2, num_warps=4)
+  return TritonConfig(64, 128, 64, num_stages=4, num_warps=4)
 
 
 def _large(itemsize: int, capability: tuple[int, int]) -> TritonConfig:
