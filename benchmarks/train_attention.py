@@ -9,10 +9,10 @@ parameters in it, on the demo's data. The runs first, each a few minutes:
     --set num_heads=6 --set num_kv_heads=2
   python benchmarks/train_attention.py runs/mha runs/moa runs/gqa
 
-One seed each, and differences of 0.01 mean nothing: two versions of this library
-that differ in the order of sums alone ended 0.012 apart (moa, 2.127 and 2.115).
-At the same version the output projections' initializer, k / fan-in instead of
-1 / fan-in as variance, went from 2.115 to 2.104: not more than that.
+One seed each, and differences of 0.01 mean nothing: two versions of this
+library that hardly differ but in the order of sums ended 0.012 apart (moa,
+2.127 and 2.115). At one version, 2.115 became 2.104 when the output projections
+began with k / fan-in as variance instead of 1 / fan-in.
 
 Writes benchmarks/results/cpu/train_attention.json and
 docs/images/train_attention.png, the picture from the record.
