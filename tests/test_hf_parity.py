@@ -177,7 +177,7 @@ def are_gates(router_logits, top_k):
 
 
 def softmax_of_gates(model, variables, input_ids):
-  """The mean of softmax(gates) by layer, of our gates, zero where not chosen."""
+  """The means of softmax(gates) by layer: our gates, zero where not chosen."""
   means = []
 
   def record(next_function, args, kwargs, context):
