@@ -1,7 +1,8 @@
 """How close is each grouped product to a dense product of the same FLOPs?
 
   python -m benchmarks.bench_ops [--shapes L S] [--routings random zipf even]
-      [--implementations mosaic triton xla] [--ops up dw_up] [--write]
+      [--implementations mosaic triton xla scattermoe] [--ops up dw_up]
+      [--write]
 
 Six products of a SwiGLU layer, forward and backward, in bfloat16 on normal
 data, for random, Zipf-skewed and even routing, schedule included:
@@ -19,7 +20,9 @@ moving every operand and the result once, at the bandwidth of a copy, over it.
 All in one run, in turns, of programs that were compiled beforehand. Before any
 time is taken, products are compared with float32: rows where one group meets
 the next, or 64 rows of the weight gradients of three experts. Operands are left
-in cache only where they are smaller than it: here they are not.
+in cache only where they are smaller than it: here they are not. `scattermoe`,
+where it is installed, is its own Triton kernels on the same arrays: up and
+dw_up.
 """
 
 import functools
@@ -35,6 +38,7 @@ from jax import lax
 
 from benchmarks import baselines, command, timing
 from benchmarks.compiling import Job, abstract, compile_together
+from benchmarks.peers import Absent, scattermoe_adapter
 from benchmarks.shapes import ROUTINGS, Shape, expert_ids, normal_array
 from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels import Problem, choose_backend
@@ -42,7 +46,8 @@ from scattermoe_jax.routing import Routing, input_rows, route
 from tests.accuracy import assert_accurate
 
 OPS = ("up", "down", "dx_down", "dx_up", "dw_down", "dw_up")
-IMPLEMENTATIONS = ("mosaic", "triton", "xla")
+IMPLEMENTATIONS = ("mosaic", "triton", "xla", "scattermoe")
+_PEER = "scattermoe"
 _KEY = ("shape", "op", "routing", "implementation")
 _CHECKED_ROWS = 64
 
@@ -268,6 +273,27 @@ def check(programs: Programs, ops, data: Data, routes, operands) -> None:
         assert_accurate(got, truth, baseline, err_msg=said)
 
 
+def peer_calls(product: Product, left, right, routes) -> dict[Any, Any]:
+  """Returns calls of the peer by (name, routing), if it is here and right.
+
+  Raises:
+    AssertionError: if a sample of its results is wrong.
+  """
+  try:
+    calls = scattermoe_adapter.products(product.op, left, right, routes)
+  except Absent as absent:
+    print(f"{_PEER} {product.op}: {absent}", flush=True)
+    return {}
+  sample = jax.jit(functools.partial(sampled, product))
+  for routing, call in calls.items():
+    (got,) = call().to_jax()
+    found = jax.device_get(sample(left, right, routes[routing], got))
+    truth, baseline, got = found
+    said = f"{_PEER} {product.op} {routing}"
+    assert_accurate(got, truth, baseline, err_msg=said)
+  return {(_PEER, routing): call for routing, call in calls.items()}
+
+
 def run(
   shape: Shape,
   *,
@@ -297,7 +323,11 @@ def run(
     )
   )()
   programs = compile_programs(
-    shape, ops, implementations, data, routes[routings[0]]
+    shape,
+    ops,
+    [name for name in implementations if name != _PEER],
+    data,
+    routes[routings[0]],
   )
   operands = {
     op: tuple(data[name] for name in products(shape)[op].operands) for op in ops
@@ -319,6 +349,8 @@ def run(
       if of == op
       for routing, routed in routes.items()
     }
+    if _PEER in implementations:
+      calls |= peer_calls(product, *operands[op], routes)
     calls["dense", "even"] = functools.partial(programs.dense[op], data)
     taken = timing.time_interleaved(calls, samples=samples, sample_ms=sample_ms)
     flops = 2 * shape.num_rows * product.widths[0] * product.widths[1]
@@ -366,7 +398,7 @@ def _bytes_moved(shape: Shape, product: Product, left, right) -> int:
 def _line(r: dict[str, Any]) -> str:
   return (
     f"{r['shape']:>16} {r['op']:<8} {r['routing']:<7} "
-    f"{r['implementation']:<8} {r['ms_median']:9.4f} ms "
+    f"{r['implementation']:<10} {r['ms_median']:9.4f} ms "
     f"[{r['ms_p20']:.4f}, {r['ms_p80']:.4f}] {r['tflops']:7.1f} TFLOP/s "
     f"{r['gb_per_s']:7.0f} GB/s  {r['of_dense']:.3f} of dense  "
     f"{r['of_bytes_bound']:.3f} of bytes bound"

@@ -18,7 +18,7 @@ from benchmarks import (
   tune,
 )
 from scattermoe_jax._compat import Device
-from scattermoe_jax.kernels import Problem, mosaic, tuning
+from scattermoe_jax.kernels import Problem, mosaic, tuning, xla
 from scattermoe_jax.kernels.config import TileConfig
 
 
@@ -74,6 +74,39 @@ def test_bench_ops_refuses_a_wrong_product(op, monkeypatch):
       ["--shapes", "tiny", "--routings", "random", "--ops", op]
       + ["--implementations", "xla", "--samples", "2"]
     )
+
+
+class JaxResults(list):
+  def to_jax(self):
+    return self
+
+
+def test_bench_ops_measures_a_peer_that_is_right(monkeypatch, capsys):
+  scale = 1.0
+
+  def products(op, left, right, routes):
+    if op == "down":
+      raise peers.Absent("no down here")
+    product = bench_ops.products(shapes.SHAPES["tiny"])[op]
+    call = lambda routing: JaxResults(
+      [bench_ops.compute(xla, product, left, right, routing) * scale]
+    )
+    return {
+      name: functools.partial(call, routing) for name, routing in routes.items()
+    }
+
+  monkeypatch.setattr(bench_ops.scattermoe_adapter, "products", products)
+  run = lambda: bench_ops.main(
+    ["--shapes", "tiny", "--routings", "zipf", "--ops", "down", "dw_up"]
+    + ["--implementations", "scattermoe", "--samples", "2", "--sample-ms", "0"]
+  )
+  assert {(r["op"], r["implementation"]) for r in run()} == {
+    ("down", "dense"), ("dw_up", "dense"), ("dw_up", "scattermoe"),
+  }  # fmt: skip
+  assert "scattermoe down: no down here" in capsys.readouterr().out
+  scale = 1.1
+  with pytest.raises(AssertionError, match="scattermoe dw_up zipf: off by"):
+    run()
 
 
 def test_bench_mlp_checks_and_records():
