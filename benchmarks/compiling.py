@@ -9,6 +9,10 @@ import jax
 
 _Name = TypeVar("_Name", bound=Hashable)
 
+# XLA's own products are cuBLAS's: a search among Triton's as well took more
+# than a minute for the large dense ones, and cuBLAS is what they stand for.
+_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
 
 class Job(NamedTuple):
   """A function and what it will be called with, arrays or only their shapes."""
@@ -32,7 +36,7 @@ def compile_together(
 
   def compiled(job: Job) -> jax.stages.Compiled:
     made = jax.jit(job.function, donate_argnums=donate)
-    return made.lower(*job.arguments).compile()
+    return made.lower(*job.arguments).compile(_OPTIONS)
 
   with ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1)) as pool:
     return {name: pool.submit(compiled, job) for name, job in jobs.items()}
