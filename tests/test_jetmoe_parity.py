@@ -103,11 +103,12 @@ def theirs(layer, x, mask, dy):
   lowest = np.finfo(np.float32).min
   bias = torch.tensor(np.where(causal, 0, lowest).astype(np.float32))[:, None]
   positions = torch.arange(L)[None].expand(B, L)
-  rotary = jetmoe.JetMoeRotaryEmbedding(config=config())
-  y = layer(
-    x, attention_mask=bias, position_embeddings=rotary(x, positions),
-    position_ids=positions,
-  )  # fmt: skip
+  options = {}
+  if hasattr(jetmoe.JetMoeModel(config()), "rotary_emb"):
+    rotary = jetmoe.JetMoeRotaryEmbedding(config=config())
+    options["position_embeddings"] = rotary(x, positions)
+  # Before version 5, each attention turned its heads by itself.
+  y = layer(x, attention_mask=bias, position_ids=positions, **options)
   y = y[0] if isinstance(y, tuple) else y
   y.backward(torch.tensor(dy))
   return y.detach().numpy(), x.grad.numpy()
@@ -130,9 +131,10 @@ def test_jetmoe_forward_and_gradients(part, padding):
       jetmoe.JetMoeAttention(config(), 0), attention_names(), our_attention,
     )  # fmt: skip
   else:
-    layer, names, ours = (
-      jetmoe.JetMoeDecoderLayer(config(), 0), LAYER_NAMES, our_layer,
-    )  # fmt: skip
+    # `JetMoeBlock` before version 5.
+    layer_type = getattr(jetmoe, "JetMoeDecoderLayer", None)
+    layer_type = layer_type or jetmoe.JetMoeBlock
+    layer, names, ours = layer_type(config(), 0), LAYER_NAMES, our_layer
   layer = filled(layer)
   params = tree(names, layer.get_parameter)
   y_theirs, dx_theirs = theirs(layer, x, mask, dy)
