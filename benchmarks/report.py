@@ -2,9 +2,9 @@
 
   python -m benchmarks.report [--readme]
 
-Prints every record of `benchmarks/results` that the README shows, or writes
-them between its speed markers and draws the pictures in `docs/images`. No
-number is typed by hand.
+Prints the tables of `docs/speed.md`; with --readme writes that page, the few of
+them that stand between the README's speed markers, and the pictures of layers
+that were measured beside a peer. No number is typed by hand.
 """
 
 import argparse
@@ -24,6 +24,17 @@ _PICTURES = {
   "bench_granularity": "Speed where experts are many and narrow",
 }
 _BEGIN, _END = "<!-- begin speed -->", "<!-- end speed -->"
+_TITLE = """# How fast
+
+Written by `python -m benchmarks.report --readme` from the records in
+`benchmarks/results`, each with the command that made it.
+"""
+# What the README shows: a benchmark, and of which shapes.
+_IN_README = (
+  ("bench_mlp", None),
+  ("bench_ops", ("L", "S")),
+  ("bench_attention", ("k8",)),
+)
 
 Record = dict[str, Any]
 
@@ -75,6 +86,23 @@ def layers_table(records: Sequence[Record]) -> str:
   header = ["forward and backward", "time", "of dense products"]
   header += [f"times faster than {name}" for name in others]
   return _table([*header, "peak"], rows)
+
+
+def attention_table(records: Sequence[Record]) -> str:
+  """Returns how much faster a mixture of attention is than its rivals."""
+  rows = [
+    [
+      f"k={r['top_k']}, {r['direction']}",
+      f"{r['ms_median']:.2f} ms",
+      f"{r['speed_over_dense']:.2f}",
+      f"{r['speed_over_regroup']:.2f}",
+    ]
+    for r in records
+    if r["implementation"] == "moa"
+  ]
+  header = ["mixture of attention, 32 active heads", "time"]
+  header += ["times faster than dense heads", "than regrouping"]
+  return _table(header, rows)
 
 
 def memory_table(records: Sequence[Record]) -> str:
@@ -154,25 +182,45 @@ def _decoded(r: Record) -> str:
   return f"{sizes} E={r['num_experts']} k={r['top_k']}"
 
 
-def speed_section() -> str:
-  """Returns the README's section on speed, from the records there are."""
+_TABLES = {
+  "bench_mlp": ("h200", layers_table),
+  "bench_ops": ("h200", ops_table),
+  "bench_attention": ("h200", attention_table),
+  "bench_memory": ("h200", memory_table),
+  "bench_train": ("h200", train_table),
+  "bench_decode": ("h200", decode_table),
+  "bench_cpu": ("cpu", cpu_table),
+}
+
+
+def speed_section(
+  chosen: Sequence[tuple[str, Sequence[str] | None]] | None = None,
+) -> str:
+  """Returns the tables that there are records for, each with its commands.
+
+  Args:
+    chosen: benchmarks, each with the shapes to show of it or None for all; all
+      benchmarks if None.
+  """
   parts = []
-  for device, bench, table in (
-    ("h200", "bench_mlp", layers_table),
-    ("h200", "bench_ops", ops_table),
-    ("h200", "bench_train", train_table),
-    ("h200", "bench_decode", decode_table),
-    ("cpu", "bench_cpu", cpu_table),
-  ):
-    records = load(device, bench)
+  for bench, shapes in chosen or [(bench, None) for bench in _TABLES]:
+    device, table = _TABLES[bench]
+    records = [
+      r for r in load(device, bench) if shapes is None or r["shape"] in shapes
+    ]
     made = table(records) if records else ""
     if made:
       parts += [made, _made_by(records)]
-  for bench, title in _PICTURES.items():
-    picture = _IMAGES / f"{bench}.png"
-    if (_ROOT / picture).is_file():
-      parts.append(f"![{title}]({picture})")
   return "\n\n".join(parts) or "No record yet."
+
+
+def pictures() -> str:
+  """Returns the links to the pictures that there are."""
+  return "".join(
+    f"\n![{title}](images/{bench}.png)\n"
+    for bench, title in _PICTURES.items()
+    if (_ROOT / _IMAGES / f"{bench}.png").is_file()
+  )
 
 
 def _made_by(records: Sequence[Record]) -> str:
@@ -195,15 +243,25 @@ def write_readme(path: pathlib.Path = _ROOT / "README.md") -> None:
   text = path.read_text()
   before, rest = text.split(_BEGIN)
   _, after = rest.split(_END)
-  path.write_text(f"{before}{_BEGIN}\n{speed_section()}\n{_END}{after}")
+  section = speed_section(_IN_README)
+  path.write_text(f"{before}{_BEGIN}\n{section}\n{_END}{after}")
+
+
+def beside_peers(bench: str) -> list[Record]:
+  """Returns a benchmark's records if a peer is among them, else none."""
+  records = load("h200", bench)
+  there = {r["implementation"] for r in records}
+  return records if there & {"sonicmoe", "scattermoe", "tokamax"} else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """Prints the section, or writes it into the README."""
+  """Prints the tables, or writes them."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--readme", action="store_true")
   if parser.parse_args(arguments).readme:
-    figures.draw_all(lambda bench: load("h200", bench), _ROOT / _IMAGES)
+    figures.draw_all(beside_peers, _ROOT / _IMAGES)
+    page = f"{_TITLE}\n{speed_section()}\n{pictures()}"
+    (_ROOT / "docs" / "speed.md").write_text(page)
     write_readme()
   else:
     print(speed_section())

@@ -57,6 +57,31 @@ def test_memory_table_says_what_is_saved_and_what_it_costs():
   assert last == "| C1 | keep h | 50 MiB | 1200 MiB | 1.20 | 0.83 |"
 
 
+def test_the_readme_shows_the_chosen_shapes_and_their_commands(monkeypatch):
+  records = [
+    {
+      **r,
+      "command": f"python -m benchmarks.bench_mlp --shapes {r['shape']}",
+      "device": "card",
+      "jax": "1",
+      "date": "today",
+    }
+    for r in layer_records(["C1", "C2"])
+  ]
+  monkeypatch.setattr(report, "load", lambda device, bench: records)
+  text = report.speed_section([("bench_mlp", ["C2"])])
+  assert "C2: T=" in text and "--shapes C2`" in text
+  assert "C1" not in text
+
+
+def test_no_picture_of_a_layer_alone(monkeypatch):
+  records = layer_records(["C1"])
+  monkeypatch.setattr(report, "load", lambda device, bench: records)
+  assert report.beside_peers("bench_mlp") == records
+  records = [r for r in records if "moe" not in r["implementation"][-3:]]
+  assert report.beside_peers("bench_mlp") == []
+
+
 def test_pictures_have_every_implementation(tmp_path, monkeypatch):
   records = {
     "bench_mlp": layer_records(["C1", "C2"]),
