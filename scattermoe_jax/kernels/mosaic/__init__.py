@@ -190,6 +190,7 @@ def down_projection_grad(
       precision=precision,
     )
   from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
+  from scattermoe_jax.kernels.mosaic.matmul_tiles import ALIGN
 
   plan = _plan("down_projection_grad", dy, w, routing, config, transpose_w=True)
 
@@ -204,7 +205,7 @@ def down_projection_grad(
       routing.expert_ids,
       routing.group_sizes,
       plan.config.block_m,
-      grouped_matmul.ALIGN,
+      ALIGN,
     )
     return dh, weighted_a, jnp.sum(sums, axis=1)[window, place]
 
@@ -249,7 +250,7 @@ def _fuses(routing: Routing, activation, width: int, multiple: int) -> bool:
 
 def _plan(op: str, x, w, routing: Routing, config, *, transpose_w, **fields):
   """Returns the launch plan of a product, its widths padded."""
-  from scattermoe_jax.kernels.mosaic.grouped_matmul import Plan
+  from scattermoe_jax.kernels.mosaic.matmul_tiles import Plan
 
   d_in, d_out = w.shape[1:][::-1] if transpose_w else w.shape[1:]
   if config is None:

@@ -18,7 +18,6 @@ Rows of no group are tiles without a step: their sum stays zero.
 """
 
 import contextlib
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -28,20 +27,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import vary_over, varying_axes
-from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic.gather import RowCopies
-from scattermoe_jax.kernels.schedule import (
-  max_windows,
-  window_schedule,
+from scattermoe_jax.kernels.mosaic.matmul_tiles import (
+  ALIGN,
+  CONSUMERS,
+  Plan,
+  Tile,
 )
+from scattermoe_jax.kernels.schedule import window_schedule
 from scattermoe_jax.routing import Routing, input_rows
 
-_CONSUMERS = 2
 _PRODUCER = 2  # index of the warpgroup that loads
-# Tiles start at multiples of 8 rows, as TMA asks of rows that it copies for the
-# tensor core or the epilogue. All products do, so that they share one schedule.
-ALIGN = 8
 # One k-step of cp.async is in flight while the next is issued.
 _IN_FLIGHT = 1
 
@@ -56,80 +53,6 @@ class _Registers(NamedTuple):
 # Where gathered rows are looked up takes more than TMA, which one thread asks.
 _GATHERED_REGISTERS = _Registers(72, 216)
 _GROUPED_REGISTERS = _Registers(40, 232)
-
-
-class Tile(NamedTuple):
-  """What a consumer's epilogue knows about the tile in its registers.
-
-  Attributes:
-    expert: its expert; E for rows of no group.
-    row: grouped row of its first row, in this consumer's part.
-    begin: first row of the part that is to be stored.
-    end: row after the last that is to be stored.
-    index_m: which tile of rows.
-    index_n: which tile of columns.
-    part: the part's first row in the tile.
-    consumer: which of the two consumers holds it.
-  """
-
-  expert: Array
-  row: Array
-  begin: Array
-  end: Array
-  index_m: Array
-  index_n: Array
-  part: Array
-  consumer: Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """Everything about a launch that is known when it is traced.
-
-  Attributes:
-    num_rows: S.
-    num_experts: E.
-    d_in: contraction, a multiple of 64.
-    d_out: columns of w that are multiplied, a multiple of 64.
-    dtype: of the operands and the stored results.
-    config: the blocks.
-    grouped_in: whether rows of x are grouped (TMA) or gathered (cp.async).
-    transpose_w: whether w is (E, d_out, d_in).
-    halves: 2 if a tile takes half of its columns from each half of w, so that
-      gate and up of the same column meet in one thread; else 1.
-  """
-
-  num_rows: int
-  num_experts: int
-  d_in: int
-  d_out: int
-  dtype: Any
-  config: TileConfig
-  grouped_in: bool = False
-  transpose_w: bool = False
-  halves: int = 1
-
-  @property
-  def part_m(self) -> int:
-    """Rows of a tile that one consumer holds."""
-    return self.config.block_m // _CONSUMERS
-
-  @property
-  def num_windows(self) -> int:
-    """The most tiles of rows."""
-    return max_windows(
-      self.num_rows, self.num_experts, self.config.block_m, ALIGN
-    )
-
-  @property
-  def part_n(self) -> int:
-    """Columns of a tile in one half of w."""
-    return self.config.block_n // self.halves
-
-  @property
-  def num_tiles_n(self) -> int:
-    """Tiles of columns."""
-    return lt.cdiv(self.d_out // self.halves, self.part_n)
 
 
 def multiply(
@@ -389,8 +312,8 @@ def multiply(
         lax.fori_loop(0, mine, multiply_and_store, start)
       else:
         # Before the first tile there is one without rows.
-        zero = jnp.int32(0)
-        tile = Tile(*[zero] * 6, part, warpgroup)
+        tile = tile_of(0, start[1])
+        tile = tile._replace(end=tile.begin)
         held = [
           jnp.zeros(a.shape, a.dtype) for a in epilogue.held_types(plan, rows)
         ]
@@ -423,12 +346,12 @@ def multiply(
         transforms=lt.OPERAND,
       ),
       plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=_CONSUMERS, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
       *epilogue.scratch_types(plan),
     ],
     grid=(config.num_sms,),
     grid_names=("block",),
-    num_threads=_CONSUMERS + 1,
+    num_threads=CONSUMERS + 1,
     thread_name="warpgroup",
     kernel_name=epilogue.name,
     compiler_params=plgpu.CompilerParams(
