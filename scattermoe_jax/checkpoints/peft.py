@@ -27,7 +27,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +35,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from scattermoe_jax.checkpoints.errors import CheckpointError
 from scattermoe_jax.checkpoints.layouts import LAYOUTS, copy_into
-from scattermoe_jax.checkpoints.plan import OWN_FAMILY, Piece, make_plan
+from scattermoe_jax.checkpoints.peft_places import (
+  PREFIX,
+  Place,
+  has_wrapped_module,
+  is_split,
+  linear_places,
+  parameters_of,
+  targets,
+  tensor_names,
+  wrapped_parameters,
+  wrapped_places,
+)
+from scattermoe_jax.checkpoints.plan import OWN_FAMILY, Piece
 from scattermoe_jax.checkpoints.reader import StoredTensor, read_header
 from scattermoe_jax.checkpoints.writer import (
   TensorToWrite,
@@ -49,36 +61,7 @@ Tree = Any
 CONFIG_NAME = "adapter_config.json"
 FILE_NAME = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
 _LORA = "lora"
-
-# In transformers 5, one module of a layer with both parameters of all experts.
-_SPARSE_MOE, _MLP = "block_sparse_moe.experts", "mlp.experts"
-_MODULES = {
-  "mixtral": _MLP,
-  "olmoe": _MLP,
-  "qwen3_moe": _MLP,
-  "granitemoe": _SPARSE_MOE,
-  "granitemoeshared": _SPARSE_MOE,
-  "gpt_oss": _MLP,
-}
-# The last is the outermost of what PEFT wraps around the module.
-_PARAMETERS = {"w_gate_up": "gate_up_proj", "w_out": "down_proj"}
-_EXPERTS = re.compile(r"layer_(\d+)/ffn/experts/(w_gate_up|w_out)")
-
-
-class _Place(NamedTuple):
-  """Where a folder has the A and B of one piece of a weight.
-
-  Attributes:
-    module: the name of both tensors, less prefix and suffix.
-    target: what PEFT's config calls the weight.
-    piece: which part of our array it adapts.
-  """
-
-  module: str
-  target: str
-  piece: Piece
 
 
 def save_adapters(
@@ -107,16 +90,15 @@ def save_adapters(
       f"{directory}: adapters of one folder have one rank, got {sorted(ranks)}."
     )
   shapes = {path: (*a.shape[:2], b.shape[2]) for path, (a, b) in pairs.items()}
-  plan = _linear_places(family, shapes)
-  if family in _MODULES and not _is_split(plan):
-    adapted = {_PARAMETERS[path.rpartition("/")[2]] for path in plan}
-    plan = _wrapped_places(family, shapes, adapted)
+  plan = linear_places(family, shapes)
+  if has_wrapped_module(family) and not is_split(plan):
+    plan = wrapped_places(family, shapes, parameters_of(plan))
   tensors = []
   for path, places in plan.items():
     a, b = (np.asarray(x) for x in pairs[path])
     for place in places:
       matrices = _to_file(place.piece, a, b)
-      for name, matrix in zip(_tensor_names(place), matrices, strict=True):
+      for name, matrix in zip(tensor_names(place), matrices, strict=True):
         tensors.append(_tensor(name, matrix))
   rank = ranks.pop()
   with new_folder(directory) as partial:
@@ -132,7 +114,7 @@ def save_adapters(
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        **_targets(plan),
+        **targets(plan),
       },
     )
 
@@ -157,14 +139,14 @@ def load_adapters(
   directory = Path(directory)
   entries = _read_config(directory / CONFIG_NAME)
   rest = read_header(directory / FILE_NAME)
-  if family is None or any(n.startswith(f"{_PREFIX}params.") for n in rest):
+  if family is None or any(n.startswith(f"{PREFIX}params.") for n in rest):
     family = OWN_FAMILY
   weights = {
     path: w for path, w in flatten_dict(params, sep="/").items() if w.ndim == 3
   }
   shapes = {path: tuple(w.shape) for path, w in weights.items()}
-  linear = _linear_places(family, shapes)
-  wrapped = _wrapped_places(family, shapes, _parameters(entries))
+  linear = linear_places(family, shapes)
+  wrapped = wrapped_places(family, shapes, wrapped_parameters(entries))
   plan = {path: [*linear[path], *wrapped.get(path, ())] for path in shapes}
   is_swapped = _is_swapped(rest, plan, shapes)
   adapters = {}
@@ -188,68 +170,6 @@ def load_adapters(
   return unflatten_dict(adapters, sep="/")
 
 
-def _linear_places(
-  family: str, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[_Place]]:
-  """Returns the places under the names that files of weights have."""
-  plan = make_plan(
-    family, {f"params/{path}": shape for path, shape in shapes.items()}
-  )
-  return {
-    path.removeprefix("params/"): [
-      _Place(piece.theirs.removesuffix(".weight"), piece.theirs, piece)
-      for piece in pieces
-    ]
-    for path, pieces in plan.items()
-  }
-
-
-def _is_split(plan: Mapping[str, list[_Place]]) -> bool:
-  """Returns whether each expert is a module."""
-  places = [place for places in plan.values() for place in places]
-  return any(place.piece.expert is not None for place in places)
-
-
-def _wrapped_places(
-  family: str,
-  shapes: Mapping[str, tuple[int, ...]],
-  adapted: set[str],
-) -> dict[str, list[_Place]]:
-  """Returns the places in the module that transformers 5 has per layer.
-
-  Args:
-    family: of the model.
-    shapes: of our weights, by path.
-    adapted: the parameters around which there is a wrapper.
-  """
-  places: dict[str, list[_Place]] = {}
-  for path in shapes:
-    match = _EXPERTS.fullmatch(path)
-    if not match or family not in _MODULES:
-      continue
-    layer, ours = match.groups()
-    parameter = _PARAMETERS[ours]
-    if parameter not in adapted:
-      continue
-    experts = f"model.layers.{layer}.{_MODULES[family]}"
-    is_inside = ours == "w_gate_up" and _PARAMETERS["w_out"] in adapted
-    module = f"{experts}.base_layer" if is_inside else experts
-    interleaved = family == "gpt_oss" and ours == "w_gate_up"
-    target = f"{experts}.{parameter}"
-    piece = Piece(target, "interleaved" if interleaved else "same")
-    places[path] = [_Place(module, target, piece)]
-  return places
-
-
-def _parameters(entries: Mapping[str, Any]) -> set[str]:
-  """Returns which parameters of a layer's experts PEFT has wrapped."""
-  last_names = {
-    target.rpartition(".")[2]
-    for target in entries.get("target_parameters") or ()
-  }
-  return last_names & set(_PARAMETERS.values())
-
-
 def _to_file(
   piece: Piece, a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -267,7 +187,7 @@ def _to_file(
 
 def _is_swapped(
   rest: Mapping[str, StoredTensor],
-  plan: Mapping[str, list[_Place]],
+  plan: Mapping[str, list[Place]],
   shapes: Mapping[str, tuple[int, ...]],
 ) -> bool:
   """Returns whether the experts' A have our columns, and B our rows.
@@ -280,7 +200,7 @@ def _is_swapped(
   for path, places in plan.items():
     _, d_in, d_out = shapes[path]
     for place in places:
-      tensor = rest.get(_tensor_names(place)[0])
+      tensor = rest.get(tensor_names(place)[0])
       if tensor and place.piece.expert is None and d_in != d_out:
         return tensor.shape[1:] == (d_out,)
   return False
@@ -341,13 +261,13 @@ def _from_wrapper(
 
 def _take(
   rest: dict[str, StoredTensor],
-  place: _Place,
+  place: Place,
   shape: tuple[int, ...],
   entries: Mapping[str, Any],
   is_swapped: bool,
 ) -> tuple[np.ndarray, np.ndarray] | None:
   """Returns A and B of one place in float32, PEFT's factor a part of B."""
-  names = _tensor_names(place)
+  names = tensor_names(place)
   found = [rest.pop(name, None) for name in names]
   if found == [None, None]:
     return None
@@ -394,7 +314,7 @@ def _read_config(path: Path) -> dict[str, Any]:
   return entries
 
 
-def _scale(entries: Mapping[str, Any], place: _Place, rank: int) -> float:
+def _scale(entries: Mapping[str, Any], place: Place, rank: int) -> float:
   """Returns alpha / r of one adapter, r as its tensors have it."""
   alpha = entries["lora_alpha"]
   names = (place.target, place.target.removesuffix(".weight"))
@@ -405,21 +325,6 @@ def _scale(entries: Mapping[str, Any], place: _Place, rank: int) -> float:
   return alpha / (math.sqrt(rank) if entries.get("use_rslora") else rank)
 
 
-def _targets(plan: Mapping[str, list[_Place]]) -> dict[str, Any]:
-  """Returns the entries by which PEFT finds the weights again.
-
-  PEFT compares the ends of names, so a layer's number can be left out; the
-  expert's cannot: a dense layer's modules have the same last names.
-  """
-  places = [place for places in plan.values() for place in places]
-  short = lambda name: re.sub(r"^model\.layers\.\d+\.", "", name)
-  if _is_split(plan):
-    names = {".".join(place.module.split(".")[-3:]) for place in places}
-    return {"target_modules": sorted(names)}
-  names = {short(place.target) for place in places}
-  return {"target_modules": [], "target_parameters": sorted(names)}
-
-
 def _pairs(adapters: Tree) -> dict[str, tuple[Any, Any]]:
   """Returns (A, B) by the path of the weight."""
   flat = flatten_dict(adapters)
@@ -428,10 +333,6 @@ def _pairs(adapters: Tree) -> dict[str, tuple[Any, Any]]:
     for path, a in flat.items()
     if path[-1] == "a"
   }
-
-
-def _tensor_names(place: _Place) -> list[str]:
-  return [f"{_PREFIX}{place.module}.lora_{letter}.weight" for letter in "AB"]
 
 
 def _adapter_path(path: str) -> str:
