@@ -3,9 +3,10 @@
 Language models that differ in their attention alone, with equally many active
 parameters in it, on the demo's data. The runs first, each a few minutes:
 
-  python -m scattermoe_jax.models.train --out runs/mha --no-twin
-  python -m scattermoe_jax.models.train --out runs/moa --no-twin --attention moa
-  python -m scattermoe_jax.models.train --out runs/gqa --no-twin \
+  size="--no-twin --set num_layers=4 --steps 500 --warmup-steps 50"
+  python -m scattermoe_jax.models.train --out runs/mha $size
+  python -m scattermoe_jax.models.train --out runs/moa $size --attention moa
+  python -m scattermoe_jax.models.train --out runs/gqa $size \
     --set num_heads=6 --set num_kv_heads=2
   python benchmarks/train_attention.py runs/mha runs/moa runs/gqa
 
@@ -27,10 +28,11 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/results/cpu/train_attention.json"
 PICTURE = ROOT / "docs/images/train_attention.png"
+SIZE = "--no-twin --set num_layers=4 --steps 500 --warmup-steps 50"
 FLAGS = {
-  "mha": "",
-  "moa": "--attention moa",
-  "gqa": "--set num_heads=6 --set num_kv_heads=2",
+  "mha": SIZE,
+  "moa": f"{SIZE} --attention moa",
+  "gqa": f"{SIZE} --set num_heads=6 --set num_kv_heads=2",
 }
 LABELS = {
   "mha": "dense, 4 heads (mha)",
@@ -53,7 +55,7 @@ def read_run(folder: pathlib.Path) -> dict:
   name = folder.name
   return {
     "attention": name,
-    "command": f"python -m scattermoe_jax.models.train {FLAGS[name]}".strip(),
+    "command": f"python -m scattermoe_jax.models.train {FLAGS[name]}",
     "active_params": model["active_params"],
     "params": model["params"],
     "validation_bits": model["validation_bits"],

@@ -9,7 +9,7 @@ from scattermoe_jax.nn.router import Scoring
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """What `Transformer` is built from; the defaults are the demo's byte model.
+  """What `Transformer` is built from; the defaults are a byte model.
 
   Every field is a number, a string or a tuple, so that a config is hashable and
   survives JSON. A field that only some families of models need names them.

@@ -46,12 +46,12 @@ class TrainConfig:
     seed: of the initial weights and of the batches.
   """
 
-  steps: int = 500
+  steps: int = 400
   batch_size: int = 16
   sequence_length: int = 128
   accumulate: int = 1
   learning_rate: float = 4e-3
-  warmup_steps: int = 50
+  warmup_steps: int = 30
   weight_decay: float = 0.1
   clip_norm: float = 1.0
   balance_coef: float = 0.01
