@@ -112,12 +112,10 @@ def export(
     return directory
   if config.lora_rank:
     assert config.init_from is not None
-    family = checkpoints.read_family(config.init_from)
     checkpoints.save_adapters(
       directory,
       state.params,
-      # PEFT has no layout of its own for this family.
-      family=None if family == "gpt_oss" else family,
+      family=checkpoints.read_family(config.init_from),
       base=config.init_from,
     )
     return directory
