@@ -134,3 +134,9 @@ def test_what_cannot_be_done_is_said_in_one_line(mixtral, tmp_path, capsys):
   with pytest.raises(SystemExit):
     generate.main(["--top-p", "0"])
   assert "--top-p must be above 0" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_said_so(capsys, tmp_path):
+  missing = tmp_path / "missing"
+  assert generate.main(["--checkpoint", str(missing), "--prompt", "a"]) == 2
+  assert "missing: there is no such folder." in capsys.readouterr().err

@@ -232,6 +232,10 @@ def _choose_folder(flags: argparse.Namespace) -> Path:
   if flags.checkpoint is None:
     return newest_export(Path("runs"))
   inside = flags.checkpoint / EXPORT
+  if not flags.checkpoint.is_dir():
+    raise ValueError(
+      f"--checkpoint {flags.checkpoint}: there is no such folder."
+    )
   return inside if inside.is_dir() else flags.checkpoint
 
 
