@@ -8,7 +8,8 @@ the gradients of x, gates and both weights. Sorting the ids is timed, choosing
 them is not. All implementations of a shape take turns in one run:
 
   scattermoe_jax           smoe_mlp, with the backend that `--backend` names
-  scattermoe_jax_chunked   the same in four chunks of columns: less memory
+  scattermoe_jax_chunked   the same in chunks of columns (`chunks_of`): less
+                           memory
   dense                    the dense products of the same FLOPs, nothing else
   composed                 a gather, jax.lax.ragged_dot twice, a weighed sum
   sonicmoe scattermoe tokamax   if installed (`benchmarks.peers`)
@@ -46,6 +47,8 @@ DIRECTIONS = ("forward", "forward+backward")
 IMPLEMENTATIONS = ("scattermoe_jax", "scattermoe_jax_chunked", "dense")
 KEY = ("shape", "direction", "routing", "implementation")
 _CHUNKS = 4
+# The widest tile of the kernels: a narrower slice is multiplied as wide.
+_TILE_COLUMNS = 256
 _CHECKED_TOKENS = 8
 _CHECKED_ROWS = 64
 _MIB = 2**20
@@ -89,6 +92,8 @@ def step_of(layer: Layer, direction: str):
     if direction == "forward":
       return (forward(x, gates, w_in, w_out),)
     y, backward = jax.vjp(forward, x, gates, w_in, w_out)
+    # As where dy is made from y: no part of the forward waits for the backward.
+    y, dy = lax.optimization_barrier((y, dy))
     return y, *backward(dy)
 
   return step
@@ -162,6 +167,17 @@ def ours(num_experts: int, backend: str | None, num_chunks: int = 1) -> Layer:
   return layer
 
 
+def chunks_of(width: int) -> int:
+  """Returns the most chunks, at most four, of whole tiles; four if none are.
+
+  Example:
+    >>> chunks_of(4096), chunks_of(1536)
+    (4, 3)
+  """
+  counts = (c for c in range(_CHUNKS, 1, -1) if width % (c * _TILE_COLUMNS) == 0)
+  return next(counts, _CHUNKS)
+
+
 def composed(num_experts: int) -> Layer:
   """Returns the layer of `baselines.composed_mlp`."""
 
@@ -178,7 +194,9 @@ def own_layers(
   """Returns the layers in JAX that need no installing, by name."""
   known = {
     "scattermoe_jax": ours(shape.num_experts, backend),
-    "scattermoe_jax_chunked": ours(shape.num_experts, backend, _CHUNKS),
+    "scattermoe_jax_chunked": ours(
+      shape.num_experts, backend, chunks_of(shape.d_model)
+    ),
     "composed": composed(shape.num_experts),
   }
   return {name: known[name] for name in implementations if name in known}
