@@ -174,7 +174,9 @@ def chunks_of(width: int) -> int:
     >>> chunks_of(4096), chunks_of(1536)
     (4, 3)
   """
-  counts = (c for c in range(_CHUNKS, 1, -1) if width % (c * _TILE_COLUMNS) == 0)
+  counts = (
+    c for c in range(_CHUNKS, 1, -1) if width % (c * _TILE_COLUMNS) == 0
+  )
   return next(counts, _CHUNKS)
 
 

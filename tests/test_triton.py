@@ -238,6 +238,11 @@ def test_check_says_when_jax_has_no_triton(monkeypatch):
   assert "no Pallas-Triton" in triton.check(PROBLEM)
 
 
+def rows_held(config):
+  """Returns the config with as many stages as it holds steps of rows."""
+  return dataclasses.replace(config, num_stages=(config.num_stages + 1) // 2)
+
+
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 
 
@@ -260,6 +265,11 @@ def test_blocks_fit_the_device(capability):
             tiles.group_xty_config(
               d_in, d_out, itemsize, capability=capability
             ),
+            rows_held(
+              tiles.group_xty_config(
+                d_in, d_out, itemsize, capability=capability, is_gathered=True
+              )
+            ),
           )  # fmt: skip
           for config in configs:
             assert tiles.shared_bytes(config, itemsize) <= tiles.shared_limit(
@@ -275,6 +285,17 @@ def config_of(rows, experts, d_in, d_out, itemsize=2, **changes):
   return tiles.scatter2scatter_config(
     rows, experts, d_in, d_out, itemsize, **device
   )
+
+
+def test_weight_gradients_have_wide_tiles_where_they_fit():
+  config = functools.partial(tiles.group_xty_config, 4096, 2048, 2)
+  wide = tiles.TritonConfig(128, 256, 64, 3, 8)
+  assert config(capability=(9, 0)) == wide
+  # Ids and rows are loaded in stages of their own.
+  gathered = config(capability=(9, 0), is_gathered=True)
+  assert gathered == dataclasses.replace(wide, num_stages=5)
+  narrow = tiles.TritonConfig(128, 128, 64, 5, 4)
+  assert config(capability=(8, 9), is_gathered=True) == narrow
 
 
 def test_programs_walk_where_there_are_many_large_tiles():

@@ -143,6 +143,7 @@ def group_xty(
       y.shape[1],
       x.dtype.itemsize,
       capability=current_device().capability or (8, 0),
+      is_gathered=not (x_grouped and y_grouped),
     )
 
   @sequential_vmap

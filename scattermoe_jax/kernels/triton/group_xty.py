@@ -76,18 +76,19 @@ def _tile(gmem, xty_gmem, *, tiles_m, tiles_n, precision, config):
   live_ms = (ms < d_in)[None, :] if d_in % config.block_m else None
   live_ns = (ns < d_out)[None, :] if d_out % config.block_n else None
 
-  def step(i, acc):
+  def step(i, acc, *, is_whole):
     rows = begin + i * config.block_k
     rows += jnp.arange(config.block_k, dtype=jnp.int32)
     # Both operands are masked: zero times a neighbour's NaN would be NaN.
-    live = rows < end
+    live = None if is_whole else rows < end
+    live_rows = None if live is None else live[:, None]
 
     def operand(name, cols, live_cols):
       ids = rows
       if f"{name}_rows" in gmem:
         ids = load(gmem[f"{name}_rows"], (rows,), live)
       at = (ids[:, None], cols[None, :])
-      return load(gmem[name], at, live[:, None], live_cols)
+      return load(gmem[name], at, live_rows, live_cols)
 
     return acc + lax.dot_general(
       operand("x", ms, live_ms),
@@ -97,9 +98,15 @@ def _tile(gmem, xty_gmem, *, tiles_m, tiles_n, precision, config):
       preferred_element_type=jnp.float32,
     )
 
-  steps = lax.div(end - begin + (config.block_k - 1), jnp.int32(config.block_k))
+  # Whole steps, which need no masks, have a loop of their own.
+  block_k = jnp.int32(config.block_k)
+  whole = lax.div(end - begin, block_k)
+  steps = lax.div(end - begin + (block_k - 1), block_k)
   acc = jnp.zeros((config.block_m, config.block_n), jnp.float32)
-  acc = lax.fori_loop(jnp.int32(0), steps, step, acc)
+  whole_step = functools.partial(step, is_whole=True)
+  acc = lax.fori_loop(jnp.int32(0), whole, whole_step, acc)
+  last_step = functools.partial(step, is_whole=False)
+  acc = lax.fori_loop(whole, steps, last_step, acc)
   at = (expert, ms[:, None], ns[None, :])
   live_ms = None if live_ms is None else live_ms.T
   store(xty_gmem, at, acc, live_ms, live_ns)

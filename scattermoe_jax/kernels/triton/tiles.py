@@ -15,6 +15,8 @@ _SHARED_KIB = {
   (11, 0): 227,
 }
 _SHARED_KIB_ELSE = 99
+# What three steps of a tile of 256 columns take, and some more.
+_WIDE_BYTES = 150 * 1024
 
 # A part of the contraction below this is all prologue.
 _LEAST_CONTRACTION = 256
@@ -108,17 +110,32 @@ def scatter2scatter_config(
 
 
 def group_xty_config(
-  d_in: int, d_out: int, itemsize: int, *, capability: tuple[int, int]
+  d_in: int,
+  d_out: int,
+  itemsize: int,
+  *,
+  capability: tuple[int, int],
+  is_gathered: bool = False,
 ) -> TritonConfig:
-  """Returns the blocks of `group_xty` for a shape and a device."""
+  """Returns the blocks of `group_xty` for a shape and a device.
+
+  Where rows are gathered, Triton loads ids in the first half of the stages and
+  the rows that they name in the second: 2 s - 1 stages hold s steps of rows.
+  """
+  is_wide = itemsize == 2 and shared_limit(capability) >= _WIDE_BYTES
+  block_n = min(256 if is_wide else 128, max(_power_of_two(d_out), 16))
   config = TritonConfig(
     block_m=min(128, max(_power_of_two(d_in), 16)),
-    block_n=min(128, max(_power_of_two(d_out), 16)),
+    block_n=block_n,
     block_k=64 if itemsize == 2 else 32,
     num_stages=3,
-    num_warps=4 if itemsize == 2 else 8,
+    num_warps=8 if itemsize > 2 or block_n > 128 else 4,
   )
-  return _fit(config, itemsize, capability)
+  config = _fit(config, itemsize, capability)
+  stages = config.num_stages
+  return dataclasses.replace(
+    config, num_stages=2 * stages - 1 if is_gathered else stages
+  )
 
 
 def _middling(d_out: int, itemsize: int, grouped_in: bool) -> TritonConfig:
@@ -133,7 +150,7 @@ def _large(itemsize: int, capability: tuple[int, int]) -> TritonConfig:
   """Returns the blocks for many rows per expert."""
   if itemsize > 2:
     return TritonConfig(128, 128, 32, num_stages=3, num_warps=8)
-  if shared_limit(capability) < 150 * 1024:
+  if shared_limit(capability) < _WIDE_BYTES:
     return TritonConfig(128, 128, 32, num_stages=4, num_warps=4)
   return TritonConfig(128, 256, 64, num_stages=3, num_warps=8)
 
