@@ -10,11 +10,12 @@ that were measured beside a peer. No number is typed by hand.
 import argparse
 import json
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from benchmarks import figures
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import RESULTS
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -29,13 +30,6 @@ _TITLE = """# How fast
 Written by `python -m benchmarks.report --readme` from the records in
 `benchmarks/results`, each with the command that made it.
 """
-# What the README shows: a benchmark, and of which shapes.
-_IN_README = (
-  ("bench_mlp", None),
-  ("bench_ops", ("L", "S")),
-  ("bench_attention", ("k8",)),
-)
-
 Record = dict[str, Any]
 
 
@@ -47,19 +41,33 @@ def load(device: str, bench: str) -> list[Record]:
 
 def ops_table(records: Sequence[Record]) -> str:
   """Returns the products of each shape as fractions of a dense product."""
-  records = [
-    r
-    for r in records
-    if r["implementation"] == "mosaic" and r["routing"] == "random"
-  ]
+  records = [r for r in records if r["routing"] == "random"]
   ops = list(dict.fromkeys(r["op"] for r in records))
   cells = {(r["shape"], r["op"]): f"{r['of_dense']:.2f}" for r in records}
-  shapes = list(dict.fromkeys(r["shape"] for r in records))
+  shapes = _in_order(r["shape"] for r in records)
   rows = [
     [_described(shape), *(cells.get((shape, op), "") for op in ops)]
     for shape in shapes
   ]
   return _table(["of a dense `jnp.dot`", *ops], rows)
+
+
+def triton_table(records: Sequence[Record]) -> str:
+  """Returns the Triton backend's products beside ScatterMoE's own kernels."""
+  times = {
+    (r["shape"], r["op"], r["implementation"]): r["ms_median"]
+    for r in records
+    if r["routing"] == "random"
+  }
+  rows = []
+  for r in records:
+    theirs = times.get((r["shape"], r["op"], "scattermoe"))
+    if r["implementation"] == "triton" and r["routing"] == "random":
+      faster = f"{theirs / r['ms_median']:.2f}" if theirs else ""
+      cells = [f"{r['ms_median']:.2f} ms", f"{r['of_dense']:.2f}", faster]
+      rows.append([f"{r['op']}, {_described(r['shape'])}", *cells])
+  header = ["the Triton backend", "time", "of a dense `jnp.dot`"]
+  return _table([*header, "times faster than scattermoe"], rows)
 
 
 def layers_table(records: Sequence[Record]) -> str:
@@ -72,7 +80,7 @@ def layers_table(records: Sequence[Record]) -> str:
   there = dict.fromkeys(name for _, name in steps)
   others = [n for n in ("sonicmoe", "scattermoe", "tokamax") if n in there]
   rows = []
-  for shape in dict.fromkeys(shape for shape, _ in steps):
+  for shape in _in_order(shape for shape, _ in steps):
     if (shape, "scattermoe_jax") not in steps:
       continue
     mine = steps[shape, "scattermoe_jax"]
@@ -82,10 +90,14 @@ def layers_table(records: Sequence[Record]) -> str:
       theirs = steps.get((shape, name))
       faster = theirs and theirs["ms_median"] / mine["ms_median"]
       row.append(f"{faster:.2f}" if faster else "")
-    rows.append([*row, f"{mine['peak_mib']:.0f} MiB"])
+    for name in ("scattermoe_jax", *others):
+      step = steps.get((shape, name))
+      row.append(f"{step['peak_mib']:.0f} MiB" if step else "")
+    rows.append(row)
   header = ["forward and backward", "time", "of dense products"]
   header += [f"times faster than {name}" for name in others]
-  return _table([*header, "peak"], rows)
+  header += ["peak", *(f"peak of {name}" for name in others)]
+  return _table(header, rows)
 
 
 def attention_table(records: Sequence[Record]) -> str:
@@ -171,10 +183,33 @@ def cpu_table(records: Sequence[Record]) -> str:
   )
 
 
+def xla_table(records: Sequence[Record]) -> str:
+  """Returns the plain backend on a GPU beside `jax.lax.ragged_dot`."""
+  rows = [
+    [
+      f"{r['direction']}, {_sizes(Shape(*(r[f] for f in Shape._fields)))}",
+      f"{r['ours_ms']['ms_median']:.2f} ms",
+      f"{r['times_faster']:.1f}",
+      f"1/{r['ragged_dot_temp_bytes'] / r['ours_temp_bytes']:.0f}",
+    ]
+    for r in records
+  ]
+  header = ["the plain backend on a GPU, against `ragged_dot`", "time"]
+  return _table([*header, "times faster", "of its memory"], rows)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+  """Returns the shapes, each once, in the order of `shapes.py`."""
+  return sorted(set(names), key=list(SHAPES).index)
+
+
 def _described(name: str) -> str:
-  s = SHAPES[name]
+  return f"{name}: {_sizes(SHAPES[name])}"
+
+
+def _sizes(s: Shape) -> str:
   sizes = f"T={s.num_tokens} d={s.d_model} n={s.d_expert}"
-  return f"{name}: {sizes} E={s.num_experts} k={s.top_k}"
+  return f"{sizes} E={s.num_experts} k={s.top_k}"
 
 
 def _decoded(r: Record) -> str:
@@ -182,36 +217,57 @@ def _decoded(r: Record) -> str:
   return f"{sizes} E={r['num_experts']} k={r['top_k']}"
 
 
-_TABLES = {
-  "bench_mlp": ("h200", layers_table),
-  "bench_ops": ("h200", ops_table),
-  "bench_attention": ("h200", attention_table),
-  "bench_memory": ("h200", memory_table),
-  "bench_train": ("h200", train_table),
-  "bench_decode": ("h200", decode_table),
-  "bench_cpu": ("cpu", cpu_table),
-}
+class Section(NamedTuple):
+  """A table of a benchmark's records.
 
-
-def speed_section(
-  chosen: Sequence[tuple[str, Sequence[str] | None]] | None = None,
-) -> str:
-  """Returns the tables that there are records for, each with its commands.
-
-  Args:
-    chosen: benchmarks, each with the shapes to show of it or None for all; all
-      benchmarks if None.
+  Attributes:
+    bench: the benchmark.
+    table: makes the table.
+    device: where the records were made.
+    implementations: of which it is; None for all.
+    shapes: of which the README shows it; none of it if empty.
   """
-  parts = []
-  for bench, shapes in chosen or [(bench, None) for bench in _TABLES]:
-    device, table = _TABLES[bench]
+
+  bench: str
+  table: Callable[[Sequence[Record]], str]
+  device: str = "h200"
+  implementations: Sequence[str] | None = None
+  shapes: Sequence[str] = ()
+
+  def text(self, shapes: Sequence[str] | None = None) -> str:
+    """Returns the table of these shapes, or all, and how it was made."""
     records = [
-      r for r in load(device, bench) if shapes is None or r["shape"] in shapes
+      r
+      for r in load(self.device, self.bench)
+      if shapes is None or r.get("shape") in shapes
+      if self.implementations is None
+      or r["implementation"] in self.implementations
     ]
-    made = table(records) if records else ""
-    if made:
-      parts += [made, _made_by(records)]
-  return "\n\n".join(parts) or "No record yet."
+    made = self.table(records) if records else ""
+    return f"{made}\n\n{_made_by(records)}" if made else ""
+
+
+SECTIONS = (
+  Section("bench_mlp", layers_table, shapes=("C1", "C2", "C3")),
+  Section(
+    "bench_ops", ops_table, implementations=("mosaic",), shapes=("L", "S")
+  ),
+  Section("bench_attention", attention_table, shapes=("k8",)),
+  Section("bench_memory", memory_table),
+  Section("bench_train", train_table),
+  Section("bench_decode", decode_table),
+  Section("bench_ops", triton_table, implementations=("triton", "scattermoe")),
+  Section("bench_xla", xla_table),
+  Section("bench_cpu", cpu_table, device="cpu"),
+)
+
+
+def speed_section(*, readme: bool = False) -> str:
+  """Returns the tables that there are records for, each with its commands."""
+  texts = [
+    section.text(section.shapes if readme else None) for section in SECTIONS
+  ]
+  return "\n\n".join(filter(None, texts)) or "No record yet."
 
 
 def pictures() -> str:
@@ -225,7 +281,14 @@ def pictures() -> str:
 
 def _made_by(records: Sequence[Record]) -> str:
   first = records[0]
-  commands = dict.fromkeys(r["command"] for r in records)
+  # Commands that differ in their shapes alone are said once.
+  shapes: dict[str, dict[str, None]] = {}
+  for command in dict.fromkeys(r["command"] for r in records):
+    found = re.search(r" --shapes((?: (?!-)\S+)+)", command)
+    names = found[1].split() if found else ()
+    rest = command.replace(found[0], " --shapes {}") if found else command
+    shapes.setdefault(rest, {}).update(dict.fromkeys(names))
+  commands = (rest.format(" ".join(names)) for rest, names in shapes.items())
   made = " and ".join(f"`{command}`" for command in commands)
   return f"{first['device']}, JAX {first['jax']}, {first['date']}: {made}."
 
@@ -243,7 +306,7 @@ def write_readme(path: pathlib.Path = _ROOT / "README.md") -> None:
   text = path.read_text()
   before, rest = text.split(_BEGIN)
   _, after = rest.split(_END)
-  section = speed_section(_IN_README)
+  section = speed_section(readme=True)
   path.write_text(f"{before}{_BEGIN}\n{section}\n{_END}{after}")
 
 

@@ -38,9 +38,12 @@ def layer_records(names):
 def test_layers_table_says_how_much_faster_than_whom():
   header, _, row = report.layers_table(layer_records(["C1"])).splitlines()
   assert header.endswith(
-    "times faster than sonicmoe | times faster than scattermoe | peak |"
+    "times faster than sonicmoe | times faster than scattermoe "
+    "| peak | peak of sonicmoe | peak of scattermoe |"
   )
-  assert row.endswith("| 10.00 ms | 0.90 | 1.20 | 2.50 | 1000 MiB |")
+  assert row.endswith(
+    "| 10.00 ms | 0.90 | 1.20 | 2.50 | 1000 MiB | 1200 MiB | 2500 MiB |"
+  )
 
 
 def test_layers_table_without_a_step_is_nothing():
@@ -57,21 +60,67 @@ def test_memory_table_says_what_is_saved_and_what_it_costs():
   assert last == "| C1 | keep h | 50 MiB | 1200 MiB | 1.20 | 0.83 |"
 
 
-def test_the_readme_shows_the_chosen_shapes_and_their_commands(monkeypatch):
-  records = [
-    {
-      **r,
-      "command": f"python -m benchmarks.bench_mlp --shapes {r['shape']}",
-      "device": "card",
-      "jax": "1",
-      "date": "today",
-    }
-    for r in layer_records(["C1", "C2"])
+def made_here(records):
+  """Returns the records with what says how they were made."""
+  made = {"device": "card", "jax": "1", "date": "today"}
+  command = "python -m benchmarks.{} --shapes {}"
+  return [
+    {**r, **made, "command": command.format("some", r["shape"])}
+    for r in records
   ]
+
+
+def test_a_section_is_of_the_chosen_records_and_their_commands(monkeypatch):
+  records = made_here(layer_records(["C1", "C2"]))
   monkeypatch.setattr(report, "load", lambda device, bench: records)
-  text = report.speed_section([("bench_mlp", ["C2"])])
+  section = report.Section("bench_mlp", report.layers_table)
+  assert "C1: T=" in section.text() and "C2: T=" in section.text()
+  text = section.text(["C2"])
   assert "C2: T=" in text and "--shapes C2`" in text
   assert "C1" not in text
+  assert "sonicmoe" in text
+  ours = ("scattermoe_jax", "dense")
+  assert "sonicmoe" not in section._replace(implementations=ours).text()
+
+
+def test_commands_that_differ_in_their_shapes_are_said_once(monkeypatch):
+  records = made_here(layer_records(["C1", "C2"]))
+  records[0]["command"] = "python -m benchmarks.other"
+  monkeypatch.setattr(report, "load", lambda device, bench: records)
+  text = report.Section("bench_mlp", report.layers_table).text()
+  assert text.endswith(
+    "`python -m benchmarks.other` and "
+    "`python -m benchmarks.some --shapes C1 C2`."
+  )
+
+
+def test_the_readme_shows_no_table_without_shapes(monkeypatch):
+  records = made_here(layer_records(["C1"]))
+  monkeypatch.setattr(
+    report, "load", lambda device, bench: records * (bench == "bench_mlp")
+  )
+  shown = report.Section("bench_mlp", report.layers_table, shapes=("C1",))
+  monkeypatch.setattr(report, "SECTIONS", [shown._replace(shapes=())])
+  assert report.speed_section(readme=True) == "No record yet."
+  monkeypatch.setattr(report, "SECTIONS", [shown])
+  assert report.speed_section(readme=True) == report.speed_section()
+
+
+def test_triton_table_says_how_much_faster_than_scattermoe():
+  ms = {"triton": 8.0, "scattermoe": 10.0}
+  records = [
+    {
+      "shape": "C1",
+      "op": "up",
+      "routing": "random",
+      "implementation": implementation,
+      "ms_median": time,
+      "of_dense": 6.0 / time,
+    }
+    for implementation, time in ms.items()
+  ]
+  *_, row = report.triton_table(records).splitlines()
+  assert row.startswith("| up, C1: T=") and row.endswith("| 0.75 | 1.25 |")
 
 
 def test_no_picture_of_a_layer_alone(monkeypatch):
