@@ -55,7 +55,7 @@ def draw_all(
 
 def draw_layers(records: Sequence[Record], path: pathlib.Path) -> None:
   """Draws speed, forward and training, and the peak of memory, by shape."""
-  shapes = list(dict.fromkeys(r["shape"] for r in records))
+  shapes = sorted({r["shape"] for r in records}, key=list(SHAPES).index)
   figure, panels = _figure(3, height=2.6)
   for panel, (direction, field, title) in zip(
     panels,
@@ -69,7 +69,7 @@ def draw_layers(records: Sequence[Record], path: pathlib.Path) -> None:
     mine = [r for r in records if r["direction"] == direction]
     _bars(panel, mine, shapes, field)
     panel.set_title(title, loc="left", fontsize=10)
-  _legend(figure, panels[0])
+  _legend(figure)
   _save(figure, path)
 
 
@@ -130,7 +130,7 @@ def _draw_by_k(records, path, label: str) -> None:
     ticks = sorted({_top_k(r["shape"]) for r in mine})
     panel.set_xticks(ticks, [str(k) for k in ticks])
     panel.set_ylim(bottom=0)
-  _legend(figure, panels[0])
+  _legend(figure)
   _save(figure, path)
 
 
@@ -192,10 +192,15 @@ def _figure(rows: int, *, columns: int = 1, height: float):
   return figure, list(panels.flat)
 
 
-def _legend(figure, panel) -> None:
-  """Says below all panels what the marks of one of them mean."""
+def _legend(figure) -> None:
+  """Says below all panels what the marks in any of them mean."""
+  found = {}
+  for panel in figure.axes:
+    for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+      found.setdefault(label, handle)
   figure.legend(
-    *panel.get_legend_handles_labels(),
+    found.values(),
+    found,
     loc="outside lower center",
     ncols=4,
     frameon=False,

@@ -19,6 +19,7 @@ Writes benchmarks/results/cpu/train_attention.json and
 docs/images/train_attention.png, the picture from the record.
 """
 
+import datetime
 import importlib.metadata
 import json
 import pathlib
@@ -55,6 +56,7 @@ def read_run(folder: pathlib.Path) -> dict:
   name = folder.name
   return {
     "attention": name,
+    "label": LABELS[name],
     "command": f"python -m scattermoe_jax.models.train {FLAGS[name]}",
     "active_params": model["active_params"],
     "params": model["params"],
@@ -65,8 +67,8 @@ def read_run(folder: pathlib.Path) -> dict:
   }
 
 
-def draw(record: dict) -> None:
-  """Writes the picture of a record."""
+def draw(records: list[dict]) -> None:
+  """Writes the picture of the runs."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -74,7 +76,7 @@ def draw(record: dict) -> None:
 
   figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
   for run, colour in zip(
-    record["runs"], ("#30638e", "#d1495b", "#00798c"), strict=False
+    records, ("#30638e", "#d1495b", "#00798c"), strict=False
   ):
     axes.plot(
       run["validation_steps"],
@@ -83,7 +85,7 @@ def draw(record: dict) -> None:
       lw=2,
       marker="o",
       markersize=3.5,
-      label=f"{LABELS[run['attention']]}: {run['validation_bits']:.3f}",
+      label=f"{run['label']}: {run['validation_bits']:.3f}",
     )
   axes.set_ylim(top=3)
   axes.set_xlabel("training step")
@@ -100,19 +102,17 @@ def draw(record: dict) -> None:
 
 def main(folders: list[str]) -> None:
   """Writes the record and its picture."""
-  record = {
-    "question": __doc__.splitlines()[0],
-    "device": platform.machine() + " CPU, 2 cores",
-    "versions": {
-      name: importlib.metadata.version(name) for name in ("jax", "flax")
-    },
-    "runs": [read_run(pathlib.Path(folder)) for folder in folders],
+  made = {
+    "device": f"{platform.machine()} CPU, 2 cores",
+    **{name: importlib.metadata.version(name) for name in ("jax", "flax")},
+    "date": datetime.date.today().isoformat(),
   }
+  records = [read_run(pathlib.Path(folder)) | made for folder in folders]
   RECORD.parent.mkdir(parents=True, exist_ok=True)
   PICTURE.parent.mkdir(parents=True, exist_ok=True)
-  RECORD.write_text(json.dumps(record, indent=2) + "\n")
-  draw(record)
-  for run in record["runs"]:
+  RECORD.write_text(json.dumps(records, indent=2) + "\n")
+  draw(records)
+  for run in records:
     print(
       f"{run['attention']:4} {run['active_params']:,} active parameters, "
       f"{run['params']:,} in all: {run['validation_bits']:.3f} bits per byte"

@@ -51,6 +51,13 @@ def test_layers_table_without_a_step_is_nothing():
   assert report.layers_table(forward) == ""
 
 
+def test_learning_line_names_every_attention():
+  runs = [("dense", 2.0694), ("mixture", 2.1036)]
+  records = [{"label": n, "validation_bits": bits} for n, bits in runs]
+  line = report.learning_line(records)
+  assert line.endswith("parameters: dense 2.069; mixture 2.104.")
+
+
 def test_memory_table_says_what_is_saved_and_what_it_costs():
   [record] = [
     r for r in layer_records(["C1"])[4:] if r["implementation"] == "sonicmoe"
@@ -94,16 +101,23 @@ def test_commands_that_differ_in_their_shapes_are_said_once(monkeypatch):
   )
 
 
-def test_the_readme_shows_no_table_without_shapes(monkeypatch):
+def test_the_readme_shows_what_a_section_says(monkeypatch):
   records = made_here(layer_records(["C1"]))
   monkeypatch.setattr(
     report, "load", lambda device, bench: records * (bench == "bench_mlp")
   )
-  shown = report.Section("bench_mlp", report.layers_table, shapes=("C1",))
-  monkeypatch.setattr(report, "SECTIONS", [shown._replace(shapes=())])
-  assert report.speed_section(readme=True) == "No record yet."
-  monkeypatch.setattr(report, "SECTIONS", [shown])
-  assert report.speed_section(readme=True) == report.speed_section()
+  shown = report.Section("bench_mlp", report.layers_table)
+  all_of_it = shown.text()
+  for in_readme, text in (
+    (False, "No record yet."),
+    (("C1",), all_of_it),
+    (("C2",), "No record yet."),
+    (True, all_of_it),
+  ):
+    section = shown._replace(in_readme=in_readme)
+    monkeypatch.setattr(report, "SECTIONS", [section])
+    assert report.speed_section(readme=True) == text
+    assert report.speed_section() == all_of_it
 
 
 def test_triton_table_says_how_much_faster_than_scattermoe():
@@ -133,7 +147,12 @@ def test_no_picture_of_a_layer_alone(monkeypatch):
 
 def test_pictures_have_every_implementation(tmp_path, monkeypatch):
   records = {
-    "bench_mlp": layer_records(["C1", "C2"]),
+    # A peer may be in some of the panels alone.
+    "bench_mlp": [
+      r
+      for r in layer_records(["C1", "C2"])
+      if (r["direction"], r["implementation"]) != ("forward", "sonicmoe")
+    ],
     "bench_memory": layer_records(["C1"])[5:6],
     "bench_granularity": layer_records(shapes.GRANULARITY),
     "bench_sparsity": layer_records(shapes.SPARSITY),
