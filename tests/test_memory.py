@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import scattermoe_jax as sm
+from scattermoe_jax.kernels import xla
 
 T, k, E, d, n = 64, 4, 8, 96, 16
 
@@ -58,6 +59,38 @@ def test_chunks_lower_the_peak():
 
   expanded = T * k * d * 4
   assert peak(num_chunks=6) <= peak() - expanded // 2
+
+
+def test_gradients_are_made_one_after_the_other(monkeypatch):
+  calls, within = [], []
+
+  def record(module, name):
+    """Keeps the calls that no other recorded call makes."""
+    function = getattr(module, name)
+
+    def recorded(*args, **kwargs):
+      if not within:
+        calls.append(name)
+      within.append(name)
+      results = function(*args, **kwargs)
+      within.pop()
+      return results
+
+    monkeypatch.setattr(module, name, recorded)
+
+  inputs, routing = layer_inputs()
+  for name in ("scatter2scatter", "group_xty", "down_projection_grad"):
+    record(xla, name)
+  record(jax.lax, "optimization_barrier")
+  jax.make_jaxpr(lambda i, r: step(i, r, implementation="xla"))(inputs, routing)
+  backward = calls[calls.index("down_projection_grad") + 1 :]
+  assert backward[:5] == [
+    "group_xty",  # dw_out
+    "optimization_barrier",
+    "scatter2scatter",  # dx
+    "optimization_barrier",
+    "group_xty",  # dw_in
+  ]
 
 
 def test_chunks_must_divide_the_width():

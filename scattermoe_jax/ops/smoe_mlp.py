@@ -168,9 +168,12 @@ def _bwd(static, residuals, dy):
     precision=precision,
   )
   dgates = row_dgates[routing.grouped_ids]
+  # One after the other, so that memory serves twice: weighted_a is gone before
+  # rows of dx are there, and they before the larger dw.
   dw_out = backend.group_xty(
     weighted_a, dy, routing, x_grouped=True, precision=precision
   )
+  dw_out, dh = lax.optimization_barrier((dw_out, dh))
 
   def dx_columns(start, width):
     dx_rows = backend.scatter2scatter(
@@ -185,6 +188,7 @@ def _bwd(static, residuals, dy):
     return sum_choices(dx_rows, routing)
 
   dx = _by_columns(dx_columns, x, num_chunks)
+  dx, dh = lax.optimization_barrier((dx, dh))
   dw_in = backend.group_xty(x, dh, routing, y_grouped=True, precision=precision)
   dbias_in = dbias_out = None
   if bias_in is not None:
