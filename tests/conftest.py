@@ -7,6 +7,11 @@ On a machine with a GPU, the tests marked `gpu` run with
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# On a CPU, compiling is most of a test. Without LLVM's optimisations it takes
+# four fifths of the time; what is computed is the same but for rounding, and
+# modules that measure that are marked `optimised`.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
@@ -45,6 +50,21 @@ def poison_memory() -> None:
     garbage = jnp.full((2**28,), jnp.nan, jnp.float32)
     garbage.block_until_ready()
     garbage.delete()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_as_marked(request):
+  """Compiles as users do in the modules that are marked `optimised`."""
+  if request.node.get_closest_marker("optimised") is None:
+    yield
+    return
+  # What was compiled before must not be found again, nor afterwards.
+  jax.config.update("jax_disable_most_optimizations", False)
+  jax.clear_caches()
+  yield
+  is_quick = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
+  jax.config.update("jax_disable_most_optimizations", is_quick)
+  jax.clear_caches()
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import pytest
 
 from tests.accuracy import assert_accurate
 
+pytestmark = pytest.mark.optimised
+
 ORACLE = np.random.default_rng(0).normal(size=(16, 8))
 
 

@@ -14,6 +14,8 @@ from scattermoe_jax.ops.activations import (
 from tests import oracle, plain
 from tests.accuracy import assert_accurate
 
+pytestmark = pytest.mark.optimised
+
 FORMS = [
   (name, gated)
   for name in ACTIVATIONS

@@ -28,6 +28,8 @@ from tests.accuracy import assert_accurate
 from tests.conftest import enable_x64, on_cpu, poison_memory
 from tests.strategies import Case
 
+pytestmark = pytest.mark.optimised
+
 SMALL = Case(40, 3, 6, 64, 32)
 # On a GPU: several blocks to an expert, and widths off every block.
 MEDIUM, ODD = Case(300, 4, 8, 256, 128), Case(257, 2, 5, 600, 104)

@@ -12,6 +12,8 @@ from tests import oracle, strategies
 from tests.accuracy import assert_accurate
 from tests.strategies import Case
 
+pytestmark = pytest.mark.optimised
+
 CASE = Case(12, 3, 5, 7, 1)
 
 run = jax.jit(

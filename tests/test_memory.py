@@ -8,6 +8,8 @@ import pytest
 import scattermoe_jax as sm
 from scattermoe_jax.kernels import xla
 
+pytestmark = pytest.mark.optimised
+
 T, k, E, d, n = 64, 4, 8, 96, 16
 
 

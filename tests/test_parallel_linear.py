@@ -15,6 +15,8 @@ from tests.accuracy import assert_accurate
 from tests.conftest import enable_x64
 from tests.strategies import Case
 
+pytestmark = pytest.mark.optimised
+
 CASE = Case(24, 3, 6, 20, 9)
 LAYOUTS = [
   # (rows of x, grouped_out)

@@ -19,6 +19,8 @@ from tests.accuracy import assert_accurate
 from tests.conftest import enable_x64, on_cpu, poison_memory
 from tests.strategies import Case
 
+pytestmark = pytest.mark.optimised
+
 CASE = Case(12, 3, 5, 10, 6)
 # Each activation once, gated and plain in turn; the other half with `-m slow`.
 FORMS = [

@@ -17,6 +17,8 @@ from tests.accuracy import assert_accurate
 from tests.interpreted import CONFIG, triton_interpreted
 from tests.strategies import Case
 
+pytestmark = pytest.mark.optimised
+
 # Widths off the blocks of 16, one of them below; several tiles to an expert.
 CASE = Case(num_tokens=23, top_k=3, num_experts=6, d=40, n=24, block_m=16)
 
