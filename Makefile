@@ -18,11 +18,12 @@ demo: .venv/ready
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 	  .venv/bin/python -m scattermoe_jax.models.train
 
+# A module's tests share what they compile, so one worker takes them all.
 test: .venv/ready
-	.venv/bin/python -m pytest -n $(WORKERS)
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest -n $(WORKERS)
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: .venv/ready
 	.venv/bin/ruff format --check .
