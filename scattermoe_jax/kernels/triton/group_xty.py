@@ -17,7 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from scattermoe_jax.kernels.triton.launch import launch, load, store
+from scattermoe_jax.kernels.triton.launch import (
+  as_column,
+  as_row,
+  launch,
+  load,
+  store,
+)
 from scattermoe_jax.kernels.triton.tiles import TritonConfig
 
 
@@ -73,22 +79,21 @@ def _tile(gmem, xty_gmem, *, tiles_m, tiles_n, precision, config):
   begin, end = gmem["offsets"][expert], gmem["offsets"][expert + 1]
   ms = tile_m * config.block_m + jnp.arange(config.block_m, dtype=jnp.int32)
   ns = tile_n * config.block_n + jnp.arange(config.block_n, dtype=jnp.int32)
-  live_ms = (ms < d_in)[None, :] if d_in % config.block_m else None
-  live_ns = (ns < d_out)[None, :] if d_out % config.block_n else None
+  live_ms = (ms < d_in) if d_in % config.block_m else None
+  live_ns = (ns < d_out) if d_out % config.block_n else None
 
   def step(i, acc, *, is_whole):
     rows = begin + i * config.block_k
     rows += jnp.arange(config.block_k, dtype=jnp.int32)
     # Both operands are masked: zero times a neighbour's NaN would be NaN.
     live = None if is_whole else rows < end
-    live_rows = None if live is None else live[:, None]
 
     def operand(name, cols, live_cols):
       ids = rows
       if f"{name}_rows" in gmem:
         ids = load(gmem[f"{name}_rows"], (rows,), live)
       at = (ids[:, None], cols[None, :])
-      return load(gmem[name], at, live_rows, live_cols)
+      return load(gmem[name], at, as_column(live), as_row(live_cols))
 
     return acc + lax.dot_general(
       operand("x", ms, live_ms),
@@ -108,5 +113,4 @@ def _tile(gmem, xty_gmem, *, tiles_m, tiles_n, precision, config):
   last_step = functools.partial(step, is_whole=False)
   acc = lax.fori_loop(whole, steps, last_step, acc)
   at = (expert, ms[:, None], ns[None, :])
-  live_ms = None if live_ms is None else live_ms.T
-  store(xty_gmem, at, acc, live_ms, live_ns)
+  store(xty_gmem, at, acc, as_column(live_ms), as_row(live_ns))

@@ -89,6 +89,16 @@ def store(ref: Any, at: tuple, value: Array, *masks: Array | None) -> None:
   _triton().store(ref.at[at], value.astype(ref.dtype), mask=all_of(at, *masks))
 
 
+def as_row(mask: Array | None) -> Array | None:
+  """Returns a mask of a tile's columns, to be broadcast over its rows."""
+  return None if mask is None else mask[None, :]
+
+
+def as_column(mask: Array | None) -> Array | None:
+  """Returns a mask of a tile's rows, to be broadcast over its columns."""
+  return None if mask is None else mask[:, None]
+
+
 def all_of(at: tuple, *masks: Array | None) -> Array | None:
   """Returns the masks' conjunction, broadcast to the tile that `at` spans."""
   shape = jnp.broadcast_shapes(*(jnp.shape(index) for index in at))

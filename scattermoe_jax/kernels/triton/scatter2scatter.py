@@ -31,7 +31,13 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from scattermoe_jax.kernels.schedule import max_windows, window_schedule
-from scattermoe_jax.kernels.triton.launch import launch, load, store
+from scattermoe_jax.kernels.triton.launch import (
+  as_column,
+  as_row,
+  launch,
+  load,
+  store,
+)
 from scattermoe_jax.kernels.triton.tiles import TritonConfig
 from scattermoe_jax.routing import Routing
 
@@ -277,7 +283,7 @@ def _store_rows(y_gmem, tile, place, acc, form):
     rows = jnp.where(live, tile.ids, jnp.int32(num_rows))
   at = (rows[:, None], cols[None, :])
   parts = (part,) if form.config.split_k > 1 else ()
-  store(y_gmem, (*parts, *at), acc, live[:, None], _row(live_cols))
+  store(y_gmem, (*parts, *at), acc, live[:, None], as_row(live_cols))
 
 
 def _columns(tile_n, d_out, form):
@@ -321,13 +327,13 @@ def _contract(x_gmem, w_gmem, rows, expert, cols, live_cols, part, form):
     ks += jnp.arange(config.block_k, dtype=jnp.int32)
     # Both operands are masked: zero times what lies past the end could be NaN.
     live_ks = (ks < d_in) if is_ragged else None
-    x_tile = load(x_gmem, (rows[:, None], ks[None, :]), _row(live_ks))
+    x_tile = load(x_gmem, (rows[:, None], ks[None, :]), as_row(live_ks))
     if transpose_w:
       at = (expert, cols[:, None], ks[None, :])
-      w_tile = load(w_gmem, at, _column(live_cols), _row(live_ks))
+      w_tile = load(w_gmem, at, as_column(live_cols), as_row(live_ks))
     else:
       at = (expert, ks[:, None], cols[None, :])
-      w_tile = load(w_gmem, at, _column(live_ks), _row(live_cols))
+      w_tile = load(w_gmem, at, as_column(live_ks), as_row(live_cols))
     return acc + lax.dot_general(
       x_tile,
       w_tile,
@@ -346,11 +352,3 @@ def _divide(index, by):
   if by == 1:
     return jnp.zeros_like(index), index
   return lax.rem(index, jnp.int32(by)), lax.div(index, jnp.int32(by))
-
-
-def _row(mask):
-  return None if mask is None else mask[None, :]
-
-
-def _column(mask):
-  return None if mask is None else mask[:, None]
