@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, in_order
 
 Record = dict[str, Any]
 
@@ -55,7 +55,7 @@ def draw_all(
 
 def draw_layers(records: Sequence[Record], path: pathlib.Path) -> None:
   """Draws speed, forward and training, and the peak of memory, by shape."""
-  shapes = sorted({r["shape"] for r in records}, key=list(SHAPES).index)
+  shapes = in_order(r["shape"] for r in records)
   figure, panels = _figure(3, height=2.6)
   for panel, (direction, field, title) in zip(
     panels,

@@ -11,11 +11,11 @@ import argparse
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import figures
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import SHAPES, Shape, in_order
 from benchmarks.timing import RESULTS
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -45,7 +45,7 @@ def ops_table(records: Sequence[Record]) -> str:
   records = [r for r in records if r["routing"] == "random"]
   ops = list(dict.fromkeys(r["op"] for r in records))
   cells = {(r["shape"], r["op"]): f"{r['of_dense']:.2f}" for r in records}
-  shapes = _in_order(r["shape"] for r in records)
+  shapes = in_order(r["shape"] for r in records)
   rows = [
     [_described(shape), *(cells.get((shape, op), "") for op in ops)]
     for shape in shapes
@@ -55,16 +55,17 @@ def ops_table(records: Sequence[Record]) -> str:
 
 def triton_table(records: Sequence[Record]) -> str:
   """Returns the Triton backend's products beside ScatterMoE's own kernels."""
-  times = {
-    (r["shape"], r["op"], r["implementation"]): r["ms_median"]
+  records = [r for r in records if r["routing"] == "random"]
+  theirs = {
+    (r["shape"], r["op"]): r["ms_median"]
     for r in records
-    if r["routing"] == "random"
+    if r["implementation"] == "scattermoe"
   }
   rows = []
   for r in records:
-    theirs = times.get((r["shape"], r["op"], "scattermoe"))
-    if r["implementation"] == "triton" and r["routing"] == "random":
-      faster = f"{theirs / r['ms_median']:.2f}" if theirs else ""
+    if r["implementation"] == "triton":
+      peer = theirs.get((r["shape"], r["op"]))
+      faster = f"{peer / r['ms_median']:.2f}" if peer else ""
       cells = [f"{r['ms_median']:.2f} ms", f"{r['of_dense']:.2f}", faster]
       rows.append([f"{r['op']}, {_described(r['shape'])}", *cells])
   header = ["the Triton backend", "time", "of a dense `jnp.dot`"]
@@ -81,7 +82,7 @@ def layers_table(records: Sequence[Record]) -> str:
   there = dict.fromkeys(name for _, name in steps)
   others = [n for n in ("sonicmoe", "scattermoe", "tokamax") if n in there]
   rows = []
-  for shape in _in_order(shape for shape, _ in steps):
+  for shape in in_order(shape for shape, _ in steps):
     if (shape, "scattermoe_jax") not in steps:
       continue
     mine = steps[shape, "scattermoe_jax"]
@@ -210,11 +211,6 @@ def xla_table(records: Sequence[Record]) -> str:
   return _table([*header, "times faster", "of its memory"], rows)
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
-  """Returns the shapes, each once, in the order of `shapes.py`."""
-  return sorted(set(names), key=list(SHAPES).index)
-
-
 def _described(name: str) -> str:
   return f"{name}: {_sizes(SHAPES[name])}"
 
@@ -225,8 +221,8 @@ def _sizes(s: Shape) -> str:
 
 
 def _decoded(r: Record) -> str:
-  sizes = f"T={r['num_tokens']} d={r['d']} n={r['n']}"
-  return f"{sizes} E={r['num_experts']} k={r['top_k']}"
+  fields = ("num_tokens", "d", "n", "num_experts", "top_k")
+  return _sizes(Shape("decode", *(r[field] for field in fields)))
 
 
 class Section(NamedTuple):

@@ -1,5 +1,6 @@
 """The problems that benchmarks name, and who goes where in them."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -58,6 +59,13 @@ _SPARSITY = tuple(
   Shape(f"E64_k{k}", 16384, 4096, 1024, 64, k) for k in (1, 2, 4, 8, 16, 30)
 )
 SHAPES = {shape.name: shape for shape in _SHAPES + _SPARSITY}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+  """Returns the names of shapes, each once, in the order of `SHAPES`."""
+  return sorted(set(names), key=list(SHAPES).index)
+
+
 MODELS = tuple(name for name in SHAPES if "-" in name)
 LAYERS = ("C1", "C2", "C3", "A", "B_8_1", "B_16_2", "B_64_8", "B_128_16")
 # Active width 8192, in more and more experts of less and less width.

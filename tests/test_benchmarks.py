@@ -123,6 +123,13 @@ def test_bench_mlp_checks_and_records():
 
 
 @pytest.mark.parametrize(
+  "width, count", [(4096, 4), (1536, 3), (512, 2), (2880, 4)]
+)
+def test_bench_mlp_chunks_are_whole_tiles_if_they_can(width, count):
+  assert bench_mlp.chunks_of(width) == count
+
+
+@pytest.mark.parametrize(
   ("named", "result"), [("y", 0), ("dgates", 2), ("dw_in", 3), ("dw_out", 4)]
 )
 def test_bench_mlp_refuses_a_wrong_step(named, result, monkeypatch):
