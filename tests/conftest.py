@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
+_IS_QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -55,15 +57,15 @@ def poison_memory() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_as_marked(request):
   """Compiles as users do in the modules that are marked `optimised`."""
-  if request.node.get_closest_marker("optimised") is None:
+  is_optimised = request.node.get_closest_marker("optimised") is not None
+  if not (_IS_QUICK and is_optimised):
     yield
     return
   # What was compiled before must not be found again, nor afterwards.
   jax.config.update("jax_disable_most_optimizations", False)
   jax.clear_caches()
   yield
-  is_quick = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
-  jax.config.update("jax_disable_most_optimizations", is_quick)
+  jax.config.update("jax_disable_most_optimizations", True)
   jax.clear_caches()
 
 
