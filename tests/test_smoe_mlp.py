@@ -95,7 +95,9 @@ def value_and_grads(function, inputs, ids, activation, num_experts):
   y, vjp = jax.vjp(
     lambda inputs: function(inputs, ids, activation, num_experts), inputs
   )
-  dy = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+  # Counted in float32: float16 ends at 65504.
+  dy = jnp.cos(jnp.arange(y.size, dtype=jnp.float32))
+  dy = dy.astype(y.dtype).reshape(y.shape)
   return jax.tree.leaves((y, vjp(dy)))
 
 

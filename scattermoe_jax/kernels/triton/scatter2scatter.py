@@ -11,8 +11,8 @@
 
 Few tiles are a program each, and absent ones return at once. Where there are
 many times more tiles than cores, there is a program per core, which walks every
-num_programs-th tile: it reads the ids of its next tile before it multiplies
-this one, so that no tile begins by waiting for them.
+num_programs-th tile in one loop over all their steps: no tile begins by waiting
+for its rows, whose loads were begun while the last one was multiplied.
 
 Rows are gathered as they are loaded and, where asked, scattered as they are
 stored. Source: ScatterMoE (Tan et al., 2024), scatter2scatter. Its Triton
@@ -190,38 +190,58 @@ def _one_tile(gmem, y_gmem, *, form):
   @pl.when((count > 0) & (expert == form.num_experts))
   def _zero():
     tile = _with_ids(gmem, found, form)
-    _zero_tile(y_gmem, tile, place, form)
+    _store_rows(y_gmem, tile, place, _zeros(form), form)
 
 
 def _walk_tiles(gmem, y_gmem, *, form):
-  """Multiplies, then zeroes, every num_programs-th tile from the program's."""
+  """Multiplies, then zeroes, every num_programs-th tile from the program's.
+
+  The steps of all its tiles are one loop: while a tile is stored, the first
+  operands of the next are on their way.
+  """
   program, stride = pl.program_id(0), jnp.int32(form.config.num_programs)
   columns = jnp.int32(form.tiles_n * form.config.split_k)
   # Tiles of no group come last.
   of_experts, in_use = (gmem["num_tiles"][i] * columns for i in range(2))
   (most,) = gmem["expert_ids"].shape
+  steps = jnp.int32(_num_steps(gmem, form))
 
   def read(number):
     row_tile = jnp.minimum(_place(number, form)[0], jnp.int32(most - 1))
     found = _rows_of_tile(gmem, row_tile, form.config.block_m)
-    return _with_ids(gmem, found, form)
+    return number, _with_ids(gmem, found, form)
 
-  def multiply(i, tile):
-    number = program + i * stride
-    following = read(number + stride)
-    _multiply_tile(gmem, y_gmem, tile, _place(number, form)[1], form)
-    return following
+  def step(i, carry):
+    acc, k, number, tile = carry
+    number, tile = lax.cond(
+      k == 0,
+      lambda number, tile: read(number + stride),
+      lambda number, tile: (number, tile),
+      number,
+      tile,
+    )
+    place = _place(number, form)[1]
+    acc = _add_step(gmem, y_gmem, tile, place, k, acc, form)
+
+    def store_and_clear(acc):
+      _store_tile(gmem, y_gmem, tile, place, acc, form)
+      return jnp.zeros_like(acc)
+
+    is_last = k == steps - 1
+    acc = lax.cond(is_last, store_and_clear, lambda acc: acc, acc)
+    return acc, jnp.where(is_last, jnp.int32(0), k + 1), number, tile
 
   def zero(i, carry):
-    number = program + i * stride
-    _zero_tile(y_gmem, read(number), _place(number, form)[1], form)
+    number, tile = read(program + i * stride)
+    _store_rows(y_gmem, tile, _place(number, form)[1], _zeros(form), form)
     return carry
 
   def mine_below(number):
     return lax.div(number - program + (stride - 1), stride)
 
   mine = mine_below(of_experts)
-  lax.fori_loop(jnp.int32(0), mine, multiply, read(program))
+  start = (_zeros(form), jnp.int32(0), program - stride, _no_tile(gmem, form))
+  lax.fori_loop(jnp.int32(0), mine * steps, step, start)
   lax.fori_loop(mine, mine_below(in_use), zero, jnp.int32(0))
 
 
@@ -246,27 +266,75 @@ def _with_ids(gmem, found, form) -> _RowTile:
   return _RowTile(expert, first, count, ids)
 
 
+def _no_tile(gmem, form) -> _RowTile:
+  """Returns what a program that walks holds before its first tile."""
+  nothing, ids = jnp.int32(0), None
+  if "scattered_ids" in gmem:
+    ids = jnp.zeros((form.config.block_m,), jnp.int32)
+  return _RowTile(nothing, nothing, nothing, ids)
+
+
 def _multiply_tile(gmem, y_gmem, tile, place, form):
   """Multiplies the tile over its part of K, stores its rows."""
-  tile_n, part = place
+  # NumPy bounds: Python's would be 64-bit under jax_enable_x64.
+  acc = lax.fori_loop(
+    np.int32(0),
+    np.int32(_num_steps(gmem, form)),
+    lambda k, acc: _add_step(gmem, y_gmem, tile, place, k, acc, form),
+    _zeros(form),
+  )
+  _store_tile(gmem, y_gmem, tile, place, acc, form)
+
+
+def _num_steps(gmem, form):
+  """Returns how many steps a part of the contraction has."""
+  d_in, config = gmem["x"].shape[1], form.config
+  return -(-d_in // (config.block_k * config.split_k))
+
+
+def _zeros(form):
+  return jnp.zeros((form.config.block_m, form.config.block_n), jnp.float32)
+
+
+def _add_step(gmem, y_gmem, tile, place, k, acc, form):
+  """Returns acc + x[rows, ks] w[expert, ks, cols], ks of the part's step k."""
+  (tile_n, part), config = place, form.config
+  lanes = _lanes(config.block_m)
   if form.fan_out is None:
-    lanes = _lanes(form.config.block_m)
     rows = tile.first + jnp.minimum(lanes, tile.num_rows - 1)
   else:
     rows = lax.div(tile.ids, jnp.int32(form.fan_out))
   cols, live_cols = _columns(tile_n, y_gmem.shape[-1], form)
-  acc = _contract(
-    gmem["x"], gmem["w"], rows, tile.expert, cols, live_cols, part, form
+  ks = (part * _num_steps(gmem, form) + k) * config.block_k
+  ks += _lanes(config.block_k)
+  d_in = gmem["x"].shape[1]
+  is_ragged = d_in % (config.block_k * config.split_k) != 0
+  # Both operands are masked: zero times what lies past the end could be NaN.
+  live_ks = (ks < d_in) if is_ragged else None
+  x_tile = load(gmem["x"], (rows[:, None], ks[None, :]), as_row(live_ks))
+  if form.transpose_w:
+    at = (tile.expert, cols[:, None], ks[None, :])
+    w_tile = load(gmem["w"], at, as_column(live_cols), as_row(live_ks))
+  else:
+    at = (tile.expert, ks[:, None], cols[None, :])
+    w_tile = load(gmem["w"], at, as_column(live_ks), as_row(live_cols))
+  return acc + lax.dot_general(
+    x_tile,
+    w_tile,
+    (((1,), (1 if form.transpose_w else 0,)), ((), ())),
+    precision=form.precision,
+    preferred_element_type=jnp.float32,
   )
+
+
+def _store_tile(gmem, y_gmem, tile, place, acc, form):
+  """Stores a tile's sums, and the bias in their first part."""
+  tile_n, part = place
   if "bias" in gmem:
-    at = (tile.expert, cols)
-    bias = load(gmem["bias"], at, live_cols).astype(jnp.float32)
+    cols, live_cols = _columns(tile_n, y_gmem.shape[-1], form)
+    bias = load(gmem["bias"], (tile.expert, cols), live_cols)
+    bias = bias.astype(jnp.float32)
     acc += jnp.where(part == 0, bias, jnp.zeros_like(bias))[None, :]
-  _store_rows(y_gmem, tile, place, acc, form)
-
-
-def _zero_tile(y_gmem, tile, place, form):
-  acc = jnp.zeros((form.config.block_m, form.config.block_n), jnp.float32)
   _store_rows(y_gmem, tile, place, acc, form)
 
 
@@ -313,38 +381,6 @@ def _rows_of_tile(gmem, tile, block_m):
   starts = lax.rem(tile - begin, jnp.int32(block_m)) == 0
   count = jnp.minimum(end - tile, jnp.int32(block_m))
   return expert, tile, jnp.where(starts, count, jnp.zeros_like(count))
-
-
-def _contract(x_gmem, w_gmem, rows, expert, cols, live_cols, part, form):
-  """Returns (block_m, block_n): x[rows] w[expert, :, cols], a part of K."""
-  config, transpose_w = form.config, form.transpose_w
-  d_in = x_gmem.shape[1]
-  steps = -(-d_in // (config.block_k * config.split_k))
-  is_ragged = d_in % (config.block_k * config.split_k) != 0
-
-  def step(i, acc):
-    ks = (part * steps + i) * config.block_k
-    ks += jnp.arange(config.block_k, dtype=jnp.int32)
-    # Both operands are masked: zero times what lies past the end could be NaN.
-    live_ks = (ks < d_in) if is_ragged else None
-    x_tile = load(x_gmem, (rows[:, None], ks[None, :]), as_row(live_ks))
-    if transpose_w:
-      at = (expert, cols[:, None], ks[None, :])
-      w_tile = load(w_gmem, at, as_column(live_cols), as_row(live_ks))
-    else:
-      at = (expert, ks[:, None], cols[None, :])
-      w_tile = load(w_gmem, at, as_column(live_ks), as_row(live_cols))
-    return acc + lax.dot_general(
-      x_tile,
-      w_tile,
-      (((1,), (1 if transpose_w else 0,)), ((), ())),
-      precision=form.precision,
-      preferred_element_type=jnp.float32,
-    )
-
-  acc = jnp.zeros((config.block_m, config.block_n), jnp.float32)
-  # NumPy bounds: Python's would be 64-bit under jax_enable_x64.
-  return lax.fori_loop(np.int32(0), np.int32(steps), step, acc)
 
 
 def _divide(index, by):

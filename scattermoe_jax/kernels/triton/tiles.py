@@ -102,10 +102,14 @@ def scatter2scatter_config(
   config = dataclasses.replace(config, split_k=split_k)
   config = _fit(config, itemsize, capability)
   # Walking gives up what a core gains from two programs at a time, so it is
-  # for tiles of which a core holds one.
+  # for tiles of which a core holds one. One more stage is then worth its room.
   one_a_core = 2 * shared_bytes(config, itemsize) > shared_limit(capability)
   if block_m == 128 and one_a_core and programs >= _TILES_TO_WALK * num_cores:
-    config = dataclasses.replace(config, num_programs=num_cores)
+    stages = config.num_stages + 1
+    config = dataclasses.replace(
+      config, num_stages=stages, num_programs=num_cores
+    )
+    config = _fit(config, itemsize, capability)
   return config
 
 
