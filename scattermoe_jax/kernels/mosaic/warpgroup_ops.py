@@ -3,12 +3,13 @@
 64 rows at a time into shared memory by cp.async, zero where there is none. For
 a contraction over rows, what lies past the group's end must be zero in both
 operands. A warpgroup's thread t of warp w holds the id of row 16 w + t % 16 of
-the step; then warp w copies those 16 rows, its lanes side by side along a row,
-16 bytes each, and cp.async writes zeros where told to read none:
+the step; then warp w copies those 16 rows, four at once, 16 bytes a lane, and
+cp.async writes zeros where told to read none:
 
-    lane   0      1     ...                     Rows lie as wgmma wants them,
-    row r  [16 B] [16 B] ... block columns      in tiles of 8 rows by 64 columns
-                                                (see `layouts`).
+    lane    0 to 7     row r        64 columns,       Rows lie as wgmma wants
+            8 to 15    row r + 1    then the next     them, in tiles of 8 rows
+           16 to 23    row r + 2    64 of the         by 64 columns
+           24 to 31    row r + 3    block             (see `layouts`).
 
 And numbers drawn from a counter that all blocks share (`tickets`).
 
@@ -30,6 +31,7 @@ ROWS = 64
 Window = tuple[Any, Any, Any]
 _WARP = 32
 _WARP_ROWS = 16
+_ROWS_AT_ONCE = _WARP // lt.CHUNKS
 _TILE_BYTES = 8 * 128
 _WINDOW = (lt.SCALAR, lt.SCALAR, lt.SCALAR)
 
@@ -76,10 +78,8 @@ def copy(source, smem, ids, window: Window, *, column, width):
     column: the first, a multiple of 8.
     width: of `source`; what lies past it becomes zero.
   """
-  chunks = smem.shape[-1] // lt.CHUNK
-  rows_at_once = _WARP // chunks
-  # Tiles side by side hold 8 rows of the block.
-  tile_row_bytes = chunks // lt.CHUNKS * _TILE_BYTES
+  block = smem.shape[-1]
+  tiles = block // lt.COLUMNS
 
   @plgpu.inline_mgpu(
     arg_types=(
@@ -90,52 +90,58 @@ def copy(source, smem, ids, window: Window, *, column, width):
       *_WINDOW,
     ),
   )
-  def issue(_, source, smem, ids, column, first_row, group_first, group_end):
+  def issue(_, source, smem, ids, column, *window):
     thread = lt.thread_index()
     warp = arith.shrui(thread, lt.const(5))
     lane = arith.andi(thread, lt.const(_WARP - 1))
-    chunk = arith.remui(lane, lt.const(chunks))
-    first_chunk = arith.divui(lt.scalar(column), lt.const(lt.CHUNK))
-    source_chunk = arith.addi(first_chunk, chunk)
-    in_width = arith.cmpi(
-      arith.CmpIPredicate.ult, source_chunk, lt.const(width // lt.CHUNK)
+    lane_row = arith.shrui(lane, lt.const(3))
+    chunk = arith.andi(lane, lt.const(lt.CHUNKS - 1))
+    source_chunk = arith.addi(
+      arith.divui(lt.scalar(column), lt.const(lt.CHUNK)), chunk
     )
-    source_chunk = arith.select(in_width, source_chunk, lt.const(0))
-    target = lt.at_byte(
+    warp_smem = lt.at_byte(
       lt.shared_pointer(smem),
-      arith.addi(
-        arith.muli(warp, lt.const(_WARP_ROWS // 8 * tile_row_bytes)),
-        arith.muli(arith.divui(chunk, lt.const(8)), lt.const(_TILE_BYTES)),
-      ),
+      arith.muli(warp, lt.const(_WARP_ROWS // 8 * tiles * _TILE_BYTES)),
     )
-    chunk_in_tile = arith.andi(chunk, lt.const(lt.CHUNKS - 1))
+    # Where this lane writes in a tile of 8 rows: in its upper half or lower.
+    halves = [
+      lt.at_byte(warp_smem, lt.swizzled(row, chunk))
+      for row in (lane_row, arith.addi(lane_row, lt.const(_ROWS_AT_ONCE)))
+    ]
+    # Each lane knows a row: where it begins, or -1 if it is to be zero.
     [my_id] = lt.unpack(ids)
-    first = arith.divui(lane, lt.const(chunks))
-    warp_row = arith.addi(
-      lt.scalar(first_row), arith.muli(warp, lt.const(_WARP_ROWS))
+    my_start = arith.select(
+      _my_row(*window)[1],
+      arith.muli(my_id, lt.const(width // lt.CHUNK)),
+      lt.const(-1),
     )
-    for i in range(_WARP_ROWS // rows_at_once):
-      row = arith.addi(first, lt.const(i * rows_at_once))
-      row_id = nvvm.shfl_sync(
-        lt.const(-1), my_id, row, lt.const(_WARP - 1), nvvm.ShflKind.idx
+    for i in range(_WARP_ROWS // _ROWS_AT_ONCE):
+      start = nvvm.shfl_sync(
+        lt.const(-1),
+        my_start,
+        arith.addi(lane_row, lt.const(i * _ROWS_AT_ONCE)),
+        lt.const(_WARP - 1),
+        nvvm.ShflKind.idx,
       )
-      exists = _inside(arith.addi(warp_row, row), group_first, group_end)
-      place = arith.addi(
-        arith.muli(arith.divui(row, lt.const(8)), lt.const(tile_row_bytes)),
-        lt.swizzled(arith.andi(row, lt.const(7)), chunk_in_tile),
+      exists = arith.cmpi(arith.CmpIPredicate.sge, start, lt.const(0))
+      row_source = lt.at_chunk(
+        lt.global_pointer(source),
+        arith.addi(arith.maxsi(start, lt.const(0)), source_chunk),
       )
-      source_row = arith.muli(row_id, lt.const(width // lt.CHUNK))
-      nvvm.cp_async_shared_global(
-        lt.at_byte(target, place),
-        lt.at_chunk(
-          lt.global_pointer(source), arith.addi(source_row, source_chunk)
-        ),
-        16,
-        nvvm.LoadCacheModifierKind.CG,
-        cp_size=arith.select(
-          arith.andi(exists, in_width), lt.const(16), lt.const(0)
-        ),
-      )
+      for j in range(tiles):
+        live = exists
+        if width % block:
+          tile_chunk = arith.addi(source_chunk, lt.const(j * lt.CHUNKS))
+          live = arith.andi(live, _is_below(tile_chunk, width // lt.CHUNK))
+        tile_bytes = (i // 2 * tiles + j) * _TILE_BYTES
+        # Of what is not live nothing is read, wherever it may point.
+        nvvm.cp_async_shared_global(
+          lt.at_byte(halves[i % 2], tile_bytes),
+          lt.at_byte(row_source, j * 2 * lt.COLUMNS),
+          16,
+          nvvm.LoadCacheModifierKind.CG,
+          cp_size=arith.select(live, lt.const(16), lt.const(0)),
+        )
     return ()
 
   issue(source, smem, ids, lt.int32(column), *window)
@@ -199,6 +205,10 @@ def _my_row(first_row, group_first, group_end):
     ),
   )
   return row, _inside(row, group_first, group_end)
+
+
+def _is_below(a: ir.Value, limit: int) -> ir.Value:
+  return arith.cmpi(arith.CmpIPredicate.ult, a, lt.const(limit))
 
 
 def _inside(row: ir.Value, group_first, group_end) -> ir.Value:

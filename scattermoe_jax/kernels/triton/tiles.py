@@ -124,7 +124,7 @@ def group_xty_config(
   """Returns the blocks of `group_xty` for a shape and a device.
 
   Where rows are gathered, Triton loads ids in the first half of the stages and
-  the rows that they name in the second: 2 s - 1 stages hold s steps of rows.
+  the rows that they name in the second: 2 s stages hold s steps of rows.
   """
   is_wide = itemsize == 2 and shared_limit(capability) >= _WIDE_BYTES
   block_n = min(256 if is_wide else 128, max(_power_of_two(d_out), 16))
@@ -138,7 +138,7 @@ def group_xty_config(
   config = _fit(config, itemsize, capability)
   stages = config.num_stages
   return dataclasses.replace(
-    config, num_stages=2 * stages - 1 if is_gathered else stages
+    config, num_stages=2 * stages if is_gathered else stages
   )
 
 
