@@ -27,6 +27,7 @@ class SingleRows(NamedTuple):
   """Stands in for `gather.RowCopies`: one copy for each row."""
 
   width: int
+  fan_out: int = 1
 
   # Copies that arrive at a stage's barrier: the rows of SMALL.
   arrivals = SMALL.block_m
@@ -38,7 +39,8 @@ class SingleRows(NamedTuple):
     last = jnp.minimum(first + jnp.maximum(num_rows - 1, 0), ids.shape[0] - 1)
 
     def locate_row(row, places):
-      return places.at[row].set(ids[jnp.minimum(first + row, last)])
+      id_there = ids[jnp.minimum(first + row, last)]
+      return places.at[row].set(id_there // self.fan_out)
 
     places = jnp.zeros((block_rows,), jnp.int32)
     return lax.fori_loop(0, block_rows, locate_row, places)

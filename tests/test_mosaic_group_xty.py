@@ -58,7 +58,7 @@ class InterpretedOps:
     return rows[jnp.clip(place, 0, rows.shape[0] - 1)]
 
   @staticmethod
-  def copy(source, smem, ids, window, *, column, width):
+  def copy(source, smem, ids, window, *, column, width, fan_out):
     first_row, group_first, group_end = window
     piece = math.gcd(width, smem.shape[-1])
     for first in range(0, smem.shape[-1], piece):
@@ -68,7 +68,8 @@ class InterpretedOps:
       def copy_row(r, _, first=first, in_width=in_width, column=from_column):
         row = first_row + r
         exists = in_width & (row >= group_first) & (row < group_end)
-        values = source[jnp.where(exists, ids[r], 0), pl.ds(column, piece)]
+        source_row = jnp.where(exists, ids[r] // fan_out, 0)
+        values = source[source_row, pl.ds(column, piece)]
         smem[r, first : first + piece] = jnp.where(
           exists, values, jnp.zeros_like(values)
         )

@@ -31,14 +31,19 @@ class WindowSchedule(NamedTuple):
     first_rows: grouped row at which each window starts, a multiple of `align`.
     begins: rows at the window's start that belong to an earlier expert.
     ends: where the expert's rows end in the window, at most block_m.
-    num_tiles: windows in use, at most the static length M.
+    group_windows: windows up to the end of each group, E + 1 of them.
   """
 
   expert_ids: Int[Array, " M"]
   first_rows: Int[Array, " M"]
   begins: Int[Array, " M"]
   ends: Int[Array, " M"]
-  num_tiles: Int[Array, ""]
+  group_windows: Int[Array, " groups"]
+
+  @property
+  def num_tiles(self) -> Int[Array, ""]:
+    """Windows in use, at most the static length M."""
+    return self.group_windows[-1]
 
 
 def max_tiles(num_rows: int, num_groups: int, block_m: int) -> int:
@@ -200,5 +205,5 @@ def _windows(groups: _Groups, length: int, block_m: int) -> WindowSchedule:
     first_rows=first_rows.astype(jnp.int32),
     begins=clip(groups.starts[group]),
     ends=clip(groups.ends[group]),
-    num_tiles=groups.tile_ends[-1],
+    group_windows=groups.tile_ends,
   )

@@ -113,10 +113,10 @@ class StoreRows(Epilogue):
   def hold(self, plan, accs, tile, extra, rows):
     bias = extra[0] if self.bias is not None else None
     column = tile.index_n * plan.part_n
-    y = accs[0] + _bias_rows(bias, plan, tile, column, plan.part_n)
+    y = _add_bias(accs[0], bias, plan, tile, column)
     held = [y.astype(plan.dtype)]
     if self.scattered_ids is not None:
-      out_rows = rows._replace(width=plan.d_out)
+      out_rows = rows._replace(width=plan.d_out, fan_out=1)
       held.append(out_rows.locate(extra[-1], tile.row, tile.end, plan.part_m))
     return held
 
@@ -178,12 +178,10 @@ class Activate(Epilogue):
       def _(columns=columns, column=column):
         h = []
         for i in range(plan.halves):
-          h.append(
-            accs[i][:, columns]
-            + _bias_rows(bias, plan, tile, column + i * half)
-          )
+          sums, first = accs[i][:, columns], column + i * half
+          h.append(_add_bias(sums, bias, plan, tile, first))
           if self.keep_h:
-            ring.send(h[i], h_out[0], column + i * half)
+            ring.send(h[i], h_out[0], first)
         ring.send(_activate(self.activation, h), a_out, column)
 
 
@@ -297,13 +295,13 @@ def _pad_bias(bias: Float[Array, "E n"], width: int) -> Float[Array, "E+1 _"]:
   return jnp.pad(bias, ((0, 1), (0, width - bias.shape[1])))
 
 
-def _bias_rows(bias, plan, tile, column, width=lt.COLUMNS):
-  """Returns `width` columns of the expert's bias, once for every row."""
+def _add_bias(sums, bias, plan, tile, column):
+  """Adds the expert's bias, from that column on, to every row of sums."""
   if bias is None:
-    return 0.0
-  columns = bias.at[tile.expert, pl.ds(column, width)]
+    return sums
+  columns = bias.at[tile.expert, pl.ds(column, sums.shape[1])]
   values = plgpu.load(columns, optimized=False).astype(jnp.float32)
-  return lax.broadcast_in_dim(values, (plan.part_m, width), (1,))
+  return sums + lax.broadcast_in_dim(values, sums.shape, (1,))
 
 
 class _Ring:

@@ -33,9 +33,11 @@ class RowCopies(NamedTuple):
 
   Attributes:
     width: columns of the array whose rows are moved, a multiple of 64.
+    fan_out: ids that name the same row, one after another.
   """
 
   width: int
+  fan_out: int = 1
 
   @property
   def arrivals(self) -> int:
@@ -51,7 +53,8 @@ class RowCopies(NamedTuple):
     """Returns where this thread's chunks of `block_rows` rows begin.
 
     Args:
-      ids: the row at each position; in global memory.
+      ids: the row at each position, times `fan_out`, or up to `fan_out` - 1
+        more; in global memory.
       first: position of the tile's first row.
       num_rows: rows of the tile that exist; later ones repeat the last, and
         what a tile of none repeats is not stored.
@@ -73,9 +76,10 @@ class RowCopies(NamedTuple):
         row_i = arith.addi(row, lt.const(i * _ROWS_AT_ONCE))
         position = arith.addi(first, arith.minsi(row_i, last))
         position = arith.minsi(position, lt.const(last_id))
-        start = arith.muli(
-          lt.load_id(ids, position), lt.const(self.width // lt.CHUNK)
-        )
+        row_id = lt.load_id(ids, position)
+        if self.fan_out > 1:
+          row_id = arith.divui(row_id, lt.const(self.fan_out))
+        start = arith.muli(row_id, lt.const(self.width // lt.CHUNK))
         chunks.append(arith.addi(start, chunk))
       return lt.pack(chunks, count)
 

@@ -36,7 +36,7 @@ from scattermoe_jax.kernels.mosaic.matmul_tiles import (
   Tile,
 )
 from scattermoe_jax.kernels.schedule import window_schedule
-from scattermoe_jax.routing import Routing, input_rows
+from scattermoe_jax.routing import Routing
 
 _PRODUCER = 2  # index of the warpgroup that loads
 # One k-step of cp.async is in flight while the next is issued.
@@ -72,11 +72,11 @@ def multiply(
     plan: the launch.
   """
   config, stages = plan.config, plan.config.num_stages
-  *tiles_of_rows, num_windows = window_schedule(
+  tiles_of_rows = window_schedule(
     routing.group_sizes, plan.num_rows, config.block_m, ALIGN
   )
   steps_k = plan.d_in // config.block_k
-  rows = RowCopies(plan.d_in)
+  rows = RowCopies(plan.d_in, plan.num_rows // x.shape[0])
   registers = _GROUPED_REGISTERS if plan.grouped_in else _GATHERED_REGISTERS
   arrivals = plan.halves + (1 if plan.grouped_in else rows.arrivals)
 
@@ -87,7 +87,7 @@ def multiply(
     x_smem, w_smem, full, empty, *scratch = refs
     warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_index("block")
-    num_tiles_m = tiles[4][0]
+    num_tiles_m = tiles[4][plan.num_experts]
     num_tiles = num_tiles_m * plan.num_tiles_n
     mine = (num_tiles - block + config.num_sms - 1) // config.num_sms
 
@@ -359,8 +359,7 @@ def multiply(
       unsafe_no_auto_barriers=True,
     ),
   )
-  ids = input_rows(routing, x.shape[0], grouped=plan.grouped_in)
-  outs = kernel(x, w, ids, *tiles_of_rows, num_windows[None], *operands)
+  outs = kernel(x, w, routing.scattered_ids, *tiles_of_rows, *operands)
   # plgpu.kernel forgets over which mesh axes its results differ.
   return vary_over(outs, varying_axes(x, w, routing, operands))
 

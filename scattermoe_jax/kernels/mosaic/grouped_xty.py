@@ -42,7 +42,7 @@ from scattermoe_jax.kernels.mosaic.xty_tiles import (
   ordered_groups,
   tile_at,
 )
-from scattermoe_jax.routing import Routing, input_rows
+from scattermoe_jax.routing import Routing
 
 # M = columns of left, N = columns of right, K = rows of one expert, G = E
 
@@ -80,12 +80,11 @@ def group_xty(
   if config is None:
     config = _tuned(x, y, routing, x_grouped, y_grouped)
   plan = make_plan(x, y, routing, x_grouped, y_grouped, config)
-  sides = [
-    (operand, input_rows(routing, operand.shape[0], grouped=False))
-    for operand in ((y, x) if plan.transposed else (x, y))
-  ]
+  left, right = (y, x) if plan.transposed else (x, y)
   out = jax.ShapeDtypeStruct(shape, x.dtype)
-  dw = _kernel(plan, out, ops)(*sides, ordered_groups(routing))
+  dw = _kernel(plan, out, ops)(
+    left, right, routing.scattered_ids, ordered_groups(routing)
+  )
   # plgpu.kernel forgets over which mesh axes its result differs.
   return vary_over(dw, varying_axes(x, y, routing))
 
@@ -105,7 +104,7 @@ def _tuned(x, y, routing, x_grouped: bool, y_grouped: bool) -> TileConfig:
 
 
 def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
-  """Returns the launch: ((left, ids), (right, ids), groups) -> xty."""
+  """Returns the launch: (left, right, ids, groups) -> xty."""
   stages = plan.config.num_stages
   return plgpu.kernel(
     functools.partial(_body, plan, ops),
@@ -154,7 +153,7 @@ def _store_transforms(width: int):
   return (tiling, plgpu.SwizzleTransform(2 * cols))
 
 
-def _body(plan, ops, left, right, groups, out, **scratch):
+def _body(plan, ops, left, right, ids, groups, out, **scratch):
   """One block: a loader and two multipliers, each walking the same tiles."""
   warpgroup = lax.axis_index("warpgroup")
   queue = tickets.Queue(*(scratch.pop(k) for k in ("ring", "drawn", "taken")))
@@ -162,7 +161,7 @@ def _body(plan, ops, left, right, groups, out, **scratch):
   @pl.when(warpgroup == 2)
   def _():
     plgpu.set_max_registers(72, action="decrease")
-    _load_tiles(plan, ops, queue, groups, left, right, scratch)
+    _load_tiles(plan, ops, queue, groups, left, right, ids, scratch)
 
   @pl.when(warpgroup < 2)
   def _():
@@ -170,13 +169,13 @@ def _body(plan, ops, left, right, groups, out, **scratch):
     _multiply_tiles(plan, queue, groups, warpgroup, out, scratch)
 
 
-def _load_tiles(plan, ops, queue, groups, left, right, scratch):
+def _load_tiles(plan, ops, queue, groups, left, right, ids, scratch):
   """Fills a ring of stages with the steps of all tiles, one after another."""
   stages, lag = plan.config.num_stages, plan.lag
   full, empty = scratch["full"], scratch["empty"]
   sides = (
-    (plan.left, *left, scratch["left_smem"]),
-    (plan.right, *right, scratch["right_smem"]),
+    (plan.left, left, scratch["left_smem"]),
+    (plan.right, right, scratch["right_smem"]),
   )
   counter = ops.new_counter()
   draw = functools.partial(queue.draw, counter=counter, increment=ops.increment)
@@ -185,11 +184,10 @@ def _load_tiles(plan, ops, queue, groups, left, right, scratch):
     return tile_at(plan, groups, queue.read(i))
 
   def row_ids(t: Tile, k):
-    """Ids of the rows of step k, for the operands that read them."""
-    return tuple(
-      ops.load_ids(ids, _window(t, k)) if side.gathered else ()
-      for side, _, ids, _ in sides
-    )
+    """Ids of the rows of step k, if an operand reads them."""
+    if not (plan.left.gathered or plan.right.gathered):
+      return ()
+    return ops.load_ids(ids, _window(t, k))
 
   def load_tile(carry):
     i, step, t, ids, after = carry
@@ -207,12 +205,10 @@ def _load_tiles(plan, ops, queue, groups, left, right, scratch):
       def _():
         plgpu.barrier_wait(empty.at[slot])
 
-      loads = list(zip(sides, columns(plan, t), ids, strict=True))
+      loads = zip(sides, columns(plan, t), strict=True)
       # TMA first: it is one instruction, and runs while rows are copied.
-      for side, col, my_ids in sorted(
-        loads, key=lambda load: not load[0][0].by_tma
-      ):
-        _load_step(ops, side, t, k, col, my_ids, slot, full)
+      for side, col in sorted(loads, key=lambda load: not load[0][0].by_tma):
+        _load_step(ops, side, t, k, col, ids, slot, full)
       ops.commit()
 
       @pl.when(step >= lag)
@@ -252,14 +248,15 @@ def _load_tiles(plan, ops, queue, groups, left, right, scratch):
 
 def _load_step(ops, side_refs, t: Tile, k, col, ids, slot, full):
   """Starts loading one operand of step k of a tile to a slot."""
-  side, source, _, smem = side_refs
+  side, source, smem = side_refs
   window = _window(t, k)
 
-  def copy_rows(ids):
-    ops.copy(source, smem.at[slot], ids, window, column=col, width=side.width)
+  def copy_rows(ids, fan_out=1):
+    place = dict(column=col, width=side.width, fan_out=fan_out)
+    ops.copy(source, smem.at[slot], ids, window, **place)
 
   if side.gathered:
-    return copy_rows(ids)
+    return copy_rows(ids, side.fan_out)
   if not side.by_tma:
     return copy_rows(ops.range_ids(window))
   first_row = window[0]

@@ -67,7 +67,7 @@ def range_ids(window: Window):
   return count(*window)
 
 
-def copy(source, smem, ids, window: Window, *, column, width):
+def copy(source, smem, ids, window: Window, *, column, width, fan_out):
   """Starts copying columns [column, column + block) of the rows `ids` to smem.
 
   Args:
@@ -77,6 +77,7 @@ def copy(source, smem, ids, window: Window, *, column, width):
     window: which of the rows are the group's; the others become zero.
     column: the first, a multiple of 8.
     width: of `source`; what lies past it becomes zero.
+    fan_out: by what ids are divided, rounding down, to name rows of `source`.
   """
   block = smem.shape[-1]
   tiles = block // lt.COLUMNS
@@ -110,6 +111,8 @@ def copy(source, smem, ids, window: Window, *, column, width):
     ]
     # Each lane knows a row: where it begins, or -1 if it is to be zero.
     [my_id] = lt.unpack(ids)
+    if fan_out > 1:
+      my_id = arith.divui(my_id, lt.const(fan_out))
     my_start = arith.select(
       _my_row(*window)[1],
       arith.muli(my_id, lt.const(width // lt.CHUNK)),

@@ -9,6 +9,7 @@ one expert. Left is the side of 128 columns.
                        4  5 | 10 11         bands of `band_n` tiles (here 2).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,17 +19,26 @@ from jaxtyping import Array, Int
 
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.mosaic.warpgroup_ops import ROWS
-from scattermoe_jax.routing import Routing, group_offsets
+from scattermoe_jax.routing import Routing
 
 BLOCK_LEFT = 128
 
 
 class Side(NamedTuple):
-  """One operand: its width, its columns of a tile, and how its rows come."""
+  """One operand.
+
+  Attributes:
+    width: its columns.
+    block: its columns of a tile.
+    gathered: whether its rows are scattered.
+    fan_out: scattered ids that name the same row, if it is gathered.
+    by_tma: whether its rows come by TMA.
+  """
 
   width: int
   block: int
   gathered: bool
+  fan_out: int
   by_tma: bool
 
 
@@ -87,10 +97,10 @@ def make_plan(
 
 
 def _side(operand, grouped: bool, block: int, num_rows: int) -> Side:
-  width = operand.shape[1]
+  rows, width = operand.shape
   # TMA reads tiles of 8 rows by 64 columns, and wants whole ones.
   by_tma = grouped and num_rows % 8 == 0 and width % 64 == 0
-  return Side(width, block, not grouped, by_tma)
+  return Side(width, block, not grouped, num_rows // rows, by_tma)
 
 
 def _is_transposed(x: Side, y: Side) -> bool:
@@ -102,21 +112,25 @@ def _is_transposed(x: Side, y: Side) -> bool:
 def ordered_groups(routing: Routing) -> tuple[Array, Array, Array]:
   """Returns (expert, first row, end) of each group, the largest group first.
 
-  Long tiles first leave short ones to fill the end of the launch. Ranked by
-  comparing all with all: one fused kernel, where a sort is several.
+  Long tiles first leave short ones to fill the end of the launch. Ranked and
+  counted by comparing all with all: two small kernels, where a sort and a
+  cumulative sum are several.
   """
   sizes = routing.group_sizes
-  offsets = group_offsets(routing)
   experts = jnp.arange(sizes.shape[0], dtype=jnp.int32)
-  before = (sizes[None, :] > sizes[:, None]) | (
-    (sizes[None, :] == sizes[:, None]) & (experts[None, :] < experts[:, None])
+  is_earlier = experts[None, :] < experts[:, None]
+  is_longer = (sizes[None, :] > sizes[:, None]) | (
+    (sizes[None, :] == sizes[:, None]) & is_earlier
   )
-  rank = jnp.sum(before, axis=1, dtype=jnp.int32)
-  at_rank = rank[None, :] == experts[:, None]
-  pick = lambda values: jnp.sum(
-    jnp.where(at_rank, values[None, :], 0), axis=1, dtype=jnp.int32
+  sum_where = lambda mask, values: jnp.sum(
+    jnp.where(mask, values[None, :], 0), axis=1, dtype=jnp.int32
   )
-  return pick(experts), pick(offsets[:-1]), pick(offsets[1:])
+  # Without the barrier XLA would count once more for every pick.
+  rank, first = lax.optimization_barrier(
+    (jnp.sum(is_longer, axis=1, dtype=jnp.int32), sum_where(is_earlier, sizes))
+  )
+  pick = functools.partial(sum_where, rank[None, :] == experts[:, None])
+  return pick(experts), pick(first), pick(first + sizes)
 
 
 class Tile(NamedTuple):
