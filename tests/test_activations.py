@@ -61,6 +61,17 @@ def test_tails_are_finite(name, gated):
   assert np.all(np.isfinite(a)) and np.all(np.isfinite(dh))
 
 
+@pytest.mark.parametrize(("name", "gated"), FORMS)
+def test_exponential_ones_have_no_other_function(name, gated):
+  # Of these a kernel approximates whatever is not arithmetic.
+  activation = get_activation(name, gated=gated)
+  jaxpr = jax.make_jaxpr(activation.value_and_slope)(jnp.zeros(3))
+  functions = {str(eqn.primitive) for eqn in jaxpr.eqns} & {
+    "exp", "logistic", "tanh", "erf", "log", "log1p", "expm1", "sin", "cos",
+  }  # fmt: skip
+  assert activation.is_exponential == (functions == {"logistic"})
+
+
 def test_narrow_dtypes_are_computed_in_float32():
   h = pre_activations(jnp.float32).astype(jnp.bfloat16)
   got = get_activation("gelu_tanh", gated=True).apply(h)

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,11 @@ class Epilogue:
 
   name: str
   holds = False
+
+  @property
+  def approximates(self) -> bool:
+    """Whether it takes the device's own exp."""
+    return False
 
   def operands(self, plan) -> list[Array]:
     """Returns the arrays that it reads, `extra` below."""
@@ -153,10 +159,14 @@ class Activate(Epilogue):
     bias: one per expert and column of h, or None.
   """
 
-  activation: object
+  activation: Any
   keep_h: bool
   bias: Float[Array, "E m"] | None = None
   name = "up_projection"
+
+  @property
+  def approximates(self):
+    return self.activation.is_exponential
 
   def operands(self, plan):
     return [] if self.bias is None else [_pad_bias(self.bias, plan.d_out)]
@@ -200,10 +210,14 @@ class Differentiate(Epilogue):
     gates: one per grouped row.
   """
 
-  activation: object
+  activation: Any
   h: Float[Array, "rows m"]
   gates: Float[Array, " S"]
   name = "down_projection_grad"
+
+  @property
+  def approximates(self):
+    return self.activation.is_exponential
 
   def operands(self, plan):
     # A part may reach past the last row; what it reads there is not stored.

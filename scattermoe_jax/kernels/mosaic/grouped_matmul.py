@@ -357,6 +357,7 @@ def multiply(
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
       unsafe_no_auto_barriers=True,
+      approx_math=epilogue.approximates,
     ),
   )
   outs = kernel(x, w, routing.scattered_ids, *tiles_of_rows, *operands)
