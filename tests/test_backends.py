@@ -365,3 +365,21 @@ def test_a_wrong_backend_fails():
   truth = reference_products(oracle, SMALL, arrays, ids)
   with pytest.raises(AssertionError, match="off by"):
     assert_all_accurate(LAYOUTS + XTY_LAYOUTS, got, truth, baseline)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transpose_w", [False, True], ids=["w", "w^T"])
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+def test_offsets_pass_two_billion_elements(name, transpose_w):
+  # w has 2^31 + 2^22 elements: its last expert lies past 32-bit offsets.
+  num_experts, d, n = 513, 2048, 2048
+  rng = np.random.default_rng(0)
+  last = jnp.asarray(rng.normal(size=(d, n)), jnp.bfloat16)
+  w = jnp.zeros((num_experts, d, n), jnp.bfloat16)
+  w = jax.jit(lambda w: w.at[-1].set(last), donate_argnums=0)(w)
+  x = jnp.asarray(rng.normal(size=(8, d)), jnp.bfloat16)
+  routing = route(jnp.full((8, 1), num_experts - 1), num_experts)
+  y = load(name).scatter2scatter(x, w, routing, transpose_w=transpose_w)
+  factor = last.T if transpose_w else last
+  want = np.asarray(x, np.float64) @ np.asarray(factor, np.float64)
+  assert_accurate(y, want, jnp.dot(x, factor))
