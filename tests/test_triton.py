@@ -295,8 +295,8 @@ def test_weight_gradients_have_wide_tiles_where_they_fit():
   assert config(capability=(9, 0)) == wide
   # Ids and rows are loaded in stages of their own.
   gathered = config(capability=(9, 0), is_gathered=True)
-  assert gathered == dataclasses.replace(wide, num_stages=5)
-  narrow = tiles.TritonConfig(128, 128, 64, 5, 4)
+  assert gathered == dataclasses.replace(wide, num_stages=6)
+  narrow = tiles.TritonConfig(128, 128, 64, 6, 4)
   assert config(capability=(8, 9), is_gathered=True) == narrow
 
 
