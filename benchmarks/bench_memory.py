@@ -6,37 +6,32 @@
 Forward and backward of the layer of `benchmarks.bench_mlp`, all in turns:
 
   chunks_1         as it is: h and the ids are kept for the backward
-  chunks_2, 4, 8   the expanded (S, d) array in slices of its columns
+  chunks_N         the expanded (S, d) array in N slices of its columns
   keep_nothing, keep_h, keep_everything
                    under `jax.checkpoint` with that `remat_policy`
-  keep_h_chunks_4  both
+  keep_h_chunks_N  both
 
+Without `--variants` N is chosen for each shape so that a slice is whole tiles.
 `peak_mib` is XLA's temporaries and results, `held_mib` what stays from the
 forward to the backward beside x, gates and weights.
 """
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from benchmarks import bench_mlp, command
 from benchmarks.peers import Layer
-from benchmarks.shapes import Shape
+from benchmarks.shapes import SHAPES, Shape
 from scattermoe_jax.ops import remat_policy
 
 _DIRECTION = "forward+backward"
 _KEEP = ("nothing", "h", "everything")
-VARIANTS = (
-  *(f"chunks_{count}" for count in (1, 2, 4, 8)),
-  *(f"keep_{keep}" for keep in _KEEP),
-  "keep_h_chunks_4",
-)
 
 
 def variant(name: str, num_experts: int, backend: str | None) -> Layer:
-  """Returns the layer that a name in `VARIANTS` stands for."""
+  """Returns the layer that a name of a variant stands for."""
   keep, chunks = name.removeprefix("keep_"), 1
   if "chunks_" in name:
     keep, _, count = keep.rpartition("chunks_")
@@ -53,24 +48,38 @@ def variant(name: str, num_experts: int, backend: str | None) -> Layer:
   return rematerialised
 
 
+def variants_of(shape: Shape) -> list[str]:
+  """Returns what is measured of a shape.
+
+  Chunks of whole tiles: as many as `bench_mlp.chunks_of` takes, and the next
+  count above.
+  """
+  few = bench_mlp.chunks_of(shape.d_model)
+  counts = [c for c in bench_mlp.whole_chunks(shape.d_model) if c >= few][:2]
+  both = [f"keep_h_chunks_{few}"] if counts else []
+  return [
+    "chunks_1",
+    *(f"chunks_{count}" for count in counts),
+    *(f"keep_{keep}" for keep in _KEEP),
+    *both,
+  ]
+
+
 def run(
   shape: Shape,
-  *,
-  variants: Sequence[str] = VARIANTS,
-  backend: str | None = None,
-  **sampling: Any,
+  compiled: Mapping[Any, jax.stages.Compiled],
+  layers: Mapping[str, Layer],
+  sampling: Mapping[str, Any],
 ) -> Iterator[list[dict[str, Any]]]:
   """Yields the records of one shape."""
-  data = bench_mlp.inputs(shape, "random")
-  layers = {
-    name: variant(name, shape.num_experts, backend) for name in variants
-  }
-  made = bench_mlp.jax_steps(layers, data, [_DIRECTION])
-  steps = {name: step for (name, _), step in made.items()}
-  truth = bench_mlp.truth_of(data)
-  for step in steps.values():
-    bench_mlp.check(data, truth, step.call())
-  records = bench_mlp.measured(shape, _DIRECTION, "random", steps, sampling)
+  *_, steps = bench_mlp.checked_steps(compiled, layers, [_DIRECTION])
+  records = bench_mlp.measured(
+    shape,
+    _DIRECTION,
+    "random",
+    {name: step for (name, _), step in steps.items()},
+    sampling,
+  )
   first = records[0]
   for record in records:
     record["of_time"] = record["ms_median"] / first["ms_median"]
@@ -81,15 +90,33 @@ def run(
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Measures, prints and, with --write, stores."""
   parser = command.parser(__doc__, shapes=("C1", "C2", "C3"))
-  parser.add_argument("--variants", nargs="+", default=VARIANTS)
+  parser.add_argument("--variants", nargs="+", default=None)
   parser.add_argument("--backend", default=None)
   options = parser.parse_args(arguments)
-  measure = functools.partial(
-    run,
-    variants=options.variants,
-    backend=options.backend,
-    **command.sampling(options),
+  layers = {}
+  for name in options.shapes:
+    shape = SHAPES[name]
+    layers[name] = {
+      each: variant(each, shape.num_experts, options.backend)
+      for each in options.variants or variants_of(shape)
+    }
+  compiled = bench_mlp.compile_shapes(
+    {
+      name: bench_mlp.checked_jobs(
+        SHAPES[name], of_shape, [_DIRECTION], "random"
+      )
+      for name, of_shape in layers.items()
+    }
   )
+
+  def measure(shape: Shape):
+    return run(
+      shape,
+      {key: made.result() for key, made in compiled[shape.name].items()},
+      layers[shape.name],
+      command.sampling(options),
+    )
+
   return command.measure_each(
     options, measure, bench="bench_memory", key=bench_mlp.KEY
   )

@@ -28,6 +28,7 @@ each in at most `--peer-seconds`, and measured in turns with all of the rest.
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -63,11 +64,6 @@ class Inputs(NamedTuple):
   w_out: jax.Array
   expert_ids: jax.Array
   dy: jax.Array
-
-
-def inputs(shape: Shape, routing: str) -> Inputs:
-  """Returns normal data, weights scaled to keep activations near one."""
-  return jax.jit(functools.partial(_inputs, shape, routing))()
 
 
 def _inputs(shape: Shape, routing: str) -> Inputs:
@@ -174,10 +170,20 @@ def chunks_of(width: int) -> int:
     >>> chunks_of(4096), chunks_of(1536)
     (4, 3)
   """
-  counts = (
-    c for c in range(_CHUNKS, 1, -1) if width % (c * _TILE_COLUMNS) == 0
-  )
-  return next(counts, _CHUNKS)
+  few = [count for count in whole_chunks(width) if count <= _CHUNKS]
+  return max(few, default=_CHUNKS)
+
+
+def whole_chunks(width: int) -> list[int]:
+  """Returns in how many chunks of whole tiles a width can be cut, from two.
+
+  Example:
+    >>> whole_chunks(1536)
+    [2, 3, 6]
+  """
+  tiles = width // _TILE_COLUMNS
+  counts = range(2, tiles + 1) if tiles * _TILE_COLUMNS == width else ()
+  return [count for count in counts if tiles % count == 0]
 
 
 def composed(num_experts: int) -> Layer:
@@ -208,17 +214,43 @@ def own_jobs(
   shape: Shape, layers: Mapping[str, Layer], directions, routing: str
 ) -> dict[Any, Job]:
   """Returns all that a shape has to have compiled, but for peers."""
-  make = functools.partial(_inputs, shape, routing)
-  data = jax.eval_shape(make)
-  jobs: dict[Any, Job] = step_jobs(layers, data, directions)
+  jobs = checked_jobs(shape, layers, directions, routing)
   operands = functools.partial(baselines.dense_operands, shape)
   for direction in directions:
     dense = functools.partial(baselines.dense_mlp, direction=direction)
     jobs["dense", direction] = Job(dense, (jax.eval_shape(operands),))
   jobs["operands"] = Job(operands, ())
+  return jobs
+
+
+def checked_jobs(
+  shape: Shape, layers: Mapping[str, Layer], directions, routing: str
+) -> dict[Any, Job]:
+  """Returns the steps of layers, their inputs, and what they must return."""
+  make = functools.partial(_inputs, shape, routing)
+  data = jax.eval_shape(make)
+  jobs: dict[Any, Job] = step_jobs(layers, data, directions)
   jobs["inputs"] = Job(make, ())
   jobs["truth"] = Job(_truth_of, (data,))
   return jobs
+
+
+def compile_shapes(
+  jobs: Mapping[str, Mapping[Any, Job]],
+) -> dict[str, dict[Any, Future[jax.stages.Compiled]]]:
+  """Returns the programs of all shapes, compiled side by side.
+
+  All before the first is measured: a compiler takes turns badly.
+  """
+  start = time.perf_counter()
+  made = compile_together(
+    {(name, key): job for name, of in jobs.items() for key, job in of.items()}
+  )
+  print(f"compiled after {time.perf_counter() - start:.1f} s", flush=True)
+  found: dict[str, dict[Any, Any]] = {name: {} for name in jobs}
+  for (name, key), future in made.items():
+    found[name][key] = future
+  return found
 
 
 class Truth(NamedTuple):
@@ -233,11 +265,6 @@ class Truth(NamedTuple):
   expert: jax.Array
   truth: tuple[jax.Array, ...]
   baseline: tuple[jax.Array, ...]
-
-
-def truth_of(data: Inputs) -> Truth:
-  """Returns what results are compared with."""
-  return jax.jit(_truth_of)(data)
 
 
 def _truth_of(data: Inputs) -> Truth:
@@ -313,6 +340,23 @@ def check(data: Inputs, truth: Truth, results: Sequence[jax.Array]) -> None:
     assert_accurate(got, right, low, err_msg=name)
 
 
+def checked_steps(
+  compiled: Mapping[Any, jax.stages.Compiled],
+  layers: Mapping[str, Layer],
+  directions: Sequence[str],
+) -> tuple[Inputs, Truth, dict[tuple[str, str], Step]]:
+  """Returns inputs, truth, and the steps of layers, each found right."""
+  data = compiled["inputs"]()
+  truth = compiled["truth"](data)
+  steps = {
+    key: compiled_step(compiled[key], layers[key[0]], data, key[1])
+    for key in step_jobs(layers, data, directions)
+  }
+  for step in steps.values():
+    check(data, truth, step.call())
+  return data, truth, steps
+
+
 def run(
   shape: Shape,
   compiled: Mapping[Any, jax.stages.Compiled],
@@ -326,14 +370,7 @@ def run(
 ) -> Iterator[list[dict[str, Any]]]:
   """Yields the records of one shape, those of a direction together."""
   start = time.perf_counter()
-  data = compiled["inputs"]()
-  truth = compiled["truth"](data)
-  steps = {
-    key: compiled_step(compiled[key], layers[key[0]], data, key[1])
-    for key in step_jobs(layers, data, directions)
-  }
-  for step in steps.values():
-    check(data, truth, step.call())
+  data, truth, steps = checked_steps(compiled, layers, directions)
   if "dense" in implementations:
     operands = compiled["operands"]()
     for direction in directions:
@@ -468,25 +505,19 @@ def main(
     name: own_layers(SHAPES[name], options.implementations, options.backend)
     for name in options.shapes
   }
-  start = time.perf_counter()
-  # All shapes before the first is measured: a compiler takes turns badly.
-  made = compile_together(
+  compiled = compile_shapes(
     {
-      (name, key): job
-      for name in options.shapes
-      for key, job in own_jobs(
-        SHAPES[name], layers[name], options.directions, options.routing
-      ).items()
+      name: own_jobs(
+        SHAPES[name], of_shape, options.directions, options.routing
+      )
+      for name, of_shape in layers.items()
     }
   )
-  print(f"compiled after {time.perf_counter() - start:.1f} s", flush=True)
 
   def measure(shape: Shape):
     return run(
       shape,
-      {
-        key: f.result() for (name, key), f in made.items() if name == shape.name
-      },
+      {key: made.result() for key, made in compiled[shape.name].items()},
       layers[shape.name],
       implementations=options.implementations,
       directions=options.directions,

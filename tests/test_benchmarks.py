@@ -176,6 +176,17 @@ def test_bench_granularity_is_one_amount_of_work():
   assert [r["bench"] for r in records] == ["bench_granularity"]
 
 
+@pytest.mark.parametrize(
+  "shape, counts", [("C1", "3 6"), ("C2", "4 8"), ("gpt-oss-20b", "")]
+)
+def test_bench_memory_measures_chunks_of_whole_tiles(shape, counts):
+  chunks = [f"chunks_{count}" for count in counts.split()]
+  assert bench_memory.variants_of(shapes.SHAPES[shape]) == [
+    *("chunks_1", *chunks, "keep_nothing", "keep_h", "keep_everything"),
+    *(f"keep_h_{few}" for few in chunks[:1]),
+  ]
+
+
 def test_bench_memory_keeps_less_for_less():
   records = bench_memory.main(
     ["--shapes", "tiny", "--backend", "xla", "--samples", "2"]
