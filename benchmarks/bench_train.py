@@ -18,8 +18,10 @@ mixtures must agree before a time is printed.
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -92,8 +94,8 @@ def run(
   length: int,
   steps: int,
   rate: float,
-) -> list[dict[str, Any]]:
-  """Returns a record of each variant, having printed it.
+) -> Iterator[dict[str, Any]]:
+  """Yields a record of each variant, having printed it.
 
   Args:
     config: the model with a mixture.
@@ -105,21 +107,20 @@ def run(
   """
   train = training.TrainConfig(batch_size=batch, sequence_length=length)
   optimizer = training.make_optimizer(train)
-  tokens = np.random.default_rng(0).integers(
-    config.vocab_size, size=(batch, length + 1), dtype=np.int32
+  tokens = jnp.asarray(
+    np.random.default_rng(0).integers(
+      config.vocab_size, size=(batch, length + 1), dtype=np.int32
+    )
   )
   models = {name: Transformer(model_of(name, config)) for name in variants}
-  jobs = {}
-  inits = {}
-  for name, model in models.items():
-    # Weights do not depend on the backend; that of the CPU runs everywhere.
-    plain = Transformer(dataclasses.replace(model.config, implementation="xla"))
-    inits[name] = lambda plain=plain: training.init_state(
-      plain, optimizer, jax.random.key(0)
+  states = {name: _state_of(model, optimizer) for name, model in models.items()}
+  jobs = {
+    name: Job(
+      training.make_train_step(model, optimizer, train),
+      (states[name], abstract(tokens)),
     )
-    state = jax.eval_shape(inits[name])
-    step = training.make_train_step(model, optimizer, train)
-    jobs[name] = Job(step, (state, abstract(jnp.asarray(tokens))))
+    for name, model in models.items()
+  }
   start = time.perf_counter()
   compiled = compile_together(jobs, donate=(0,))
   records: list[dict[str, Any]] = []
@@ -128,8 +129,8 @@ def run(
     print(
       f"{name}: compiled by {time.perf_counter() - start:.1f} s", flush=True
     )
-    state = jax.jit(inits[name])()
-    state, loss, times = _train(step, state, jnp.asarray(tokens), steps)
+    state, loss, times = _train(step, _filled(states[name]), tokens, steps)
+    del state
     memory = step.memory_analysis()
     took = timing.summary(times)
     flops = model_flops(models[name].config, batch, length)
@@ -138,7 +139,7 @@ def run(
       {
         "model": f"d={config.d_model} layers={config.num_layers}",
         "variant": name,
-        "params": training.count_params(state.params),
+        "params": training.count_params(states[name].params),
         **took._asdict(),
         "tokens_per_s": batch * length / took.ms_median * 1e3,
         "model_tflops": flops / took.ms_median / 1e9,
@@ -151,8 +152,42 @@ def run(
     )
     _check(records)
     print(_line(records[-1]), flush=True)
-    del state
-  return records
+    yield records[-1]
+
+
+def _state_of(model: Transformer, optimizer) -> training.TrainState:
+  """Returns the shapes of a state; they do not depend on the backend."""
+  # That of the CPU runs everywhere.
+  config = dataclasses.replace(model.config, implementation="xla")
+  return jax.eval_shape(
+    lambda: training.init_state(
+      Transformer(config), optimizer, jax.random.key(0)
+    )
+  )
+
+
+def _filled(state: training.TrainState) -> training.TrainState:
+  """Returns arrays of these shapes: normal weights, unit scales, else zeros.
+
+  An array at a time: XLA took a minute on 2 cores for `init_state` of 16 layers
+  as one program, and arrays of one shape share theirs.
+  """
+  seeds = itertools.count()
+
+  def weight(path, a):
+    if len(a.shape) > 1:
+      return _normal(next(seeds), a.shape, a.dtype)
+    return jnp.full(a.shape, path[-1].key == "scale", a.dtype)
+
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state)
+  params = jax.tree_util.tree_map_with_path(weight, state.params)
+  return zeros._replace(params=params)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(seed, shape, dtype):
+  values = jax.random.normal(jax.random.key(seed), shape, dtype)
+  return values * jnp.asarray(shape[-2] ** -0.5, dtype)
 
 
 def _train(step, state, tokens, steps: int):
@@ -202,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     num_layers=options.layers or config.num_layers,
     remat=options.remat,
   )
-  records = run(
+  made = run(
     config,
     variants=options.variants,
     batch=options.batch,
@@ -210,9 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     steps=options.steps,
     rate=dense_rate(64 if options.tiny else 8192),
   )
-  return command.store(
-    records, options, bench="bench_train", key=("model", "variant")
-  )
+  records = []
+  for record in made:
+    records += command.store(
+      [record], options, bench="bench_train", key=("model", "variant")
+    )
+  return records
 
 
 if __name__ == "__main__":

@@ -223,6 +223,45 @@ def test_bench_train_trains_and_records():
   assert record["state_mib"] > 3 * record["params"] * 4 / 2**20
 
 
+def test_bench_train_starts_from_small_weights_and_unit_scales():
+  model = bench_train.Transformer(bench_train._TINY)
+  optimizer = bench_train.training.make_optimizer(
+    bench_train.training.TrainConfig()
+  )
+  shapes_of = bench_train._state_of(model, optimizer)
+  state = bench_train._filled(shapes_of)
+  assert bench_train.abstract(state) == shapes_of
+  for path, a in jax.tree_util.tree_leaves_with_path(state.params):
+    name = jax.tree_util.keystr(path)
+    if a.ndim > 1:
+      assert 0.5 < float(a.std()) * a.shape[-2] ** 0.5 < 2, name
+    else:
+      assert float(a.mean()) == ("scale" in name), name
+  assert not any(a.any() for a in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.usefixtures("lenient")
+def test_bench_train_keeps_what_was_measured_before_a_failure(
+  tmp_path, monkeypatch
+):
+  path = tmp_path / "bench_train.json"
+  monkeypatch.setattr(timing, "results_path", lambda bench: path)
+  train = bench_train._train
+
+  def second_fails(*given):
+    if path.is_file():
+      raise MemoryError("no room")
+    return train(*given)
+
+  monkeypatch.setattr(bench_train, "_train", second_fails)
+  with pytest.raises(MemoryError):
+    bench_train.main(
+      ["--tiny", "--batch", "2", "--length", "16", "--steps", "2", "--write"]
+      + ["--variants", "dense", "xla"]
+    )
+  assert [r["variant"] for r in json.loads(path.read_text())] == ["dense"]
+
+
 def test_bench_train_refuses_losses_that_differ():
   records = [
     {"variant": "mosaic", "first_loss": 10.0},
