@@ -14,7 +14,12 @@ from benchmarks import bench_mlp
 from benchmarks.shapes import GRANULARITY
 
 main = functools.partial(
-  bench_mlp.main, doc=__doc__, bench="bench_granularity", shapes=GRANULARITY
+  bench_mlp.main,
+  doc=__doc__,
+  bench="bench_granularity",
+  shapes=GRANULARITY,
+  # Peers if named; what chunks cost is the question of `bench_memory`.
+  implementations=("scattermoe_jax", "dense"),
 )
 
 if __name__ == "__main__":

@@ -485,6 +485,7 @@ def main(
   doc: str = __doc__,
   bench: str = "bench_mlp",
   shapes: Sequence[str] = LAYERS,
+  implementations: Sequence[str] = IMPLEMENTATIONS,
 ) -> list[dict[str, Any]]:
   """Measures, prints and, with --write, stores.
 
@@ -493,9 +494,10 @@ def main(
     doc: the question, of another benchmark of the same layers.
     bench: its name.
     shapes: its shapes.
+    implementations: those that are measured if none is named.
   """
   parser = command.parser(doc, shapes=shapes)
-  parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS)
+  parser.add_argument("--implementations", nargs="+", default=implementations)
   parser.add_argument("--directions", nargs="+", default=DIRECTIONS)
   parser.add_argument("--routing", default="random")
   parser.add_argument("--backend", default=None)

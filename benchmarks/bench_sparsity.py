@@ -13,7 +13,12 @@ from benchmarks import bench_mlp
 from benchmarks.shapes import SPARSITY
 
 main = functools.partial(
-  bench_mlp.main, doc=__doc__, bench="bench_sparsity", shapes=SPARSITY
+  bench_mlp.main,
+  doc=__doc__,
+  bench="bench_sparsity",
+  shapes=SPARSITY,
+  # Peers if named; what chunks cost is the question of `bench_memory`.
+  implementations=("scattermoe_jax", "dense"),
 )
 
 if __name__ == "__main__":
