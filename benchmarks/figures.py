@@ -1,6 +1,7 @@
 """Pictures of records: every implementation that was measured is in them."""
 
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,9 +81,8 @@ def draw_memory(records: Sequence[Record], path: pathlib.Path) -> None:
   for panel, shape in zip(panels, shapes, strict=True):
     for r in (r for r in records if r["shape"] == shape):
       panel.plot(r["of_peak"], r["of_time"], "o", color="#30638e")
-      name = r["implementation"].replace("_", " ")
       panel.annotate(
-        name,
+        variant_label(r["implementation"]),
         (r["of_peak"], r["of_time"]),
         xytext=(4, 4),
         textcoords="offset points",
@@ -93,6 +93,19 @@ def draw_memory(records: Sequence[Record], path: pathlib.Path) -> None:
     panel.margins(x=0.25)
   panels[0].set_ylabel("time, of the layer as it is")
   _save(figure, path)
+
+
+def variant_label(name: str) -> str:
+  """Returns what a variant of `bench_memory` is called.
+
+  Example:
+    >>> variant_label("keep_h_chunks_3")
+    'keep h, 3 chunks'
+  """
+  if name == "chunks_1":
+    return "as it is"
+  counted = re.sub(r"chunks_(\d+)", r"\1 chunks", name)
+  return counted.replace("keep_", "keep ").replace("_", ", ")
 
 
 def draw_granularity(records: Sequence[Record], path: pathlib.Path) -> None:

@@ -3,11 +3,12 @@
   python -m benchmarks.report [--readme]
 
 Prints the tables of `docs/speed.md`; with --readme writes that page, the few of
-them that stand between the README's speed markers, and the pictures of layers
-that were measured beside a peer. No number is typed by hand.
+them that stand between the README's speed markers, and the pictures, that of
+`bench_mlp` only beside a peer. No number is typed by hand.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import re
@@ -15,14 +16,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import figures
-from benchmarks.shapes import SHAPES, Shape, in_order
+from benchmarks.peers import PEERS
+from benchmarks.shapes import GRANULARITY, SHAPES, Shape, in_order
 from benchmarks.timing import RESULTS
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _IMAGES = pathlib.Path("docs/images")
 _PICTURES = {
   "bench_mlp": "Speed and memory of the layer, beside its peers'",
+  "bench_memory": "What each way to save memory costs in time",
   "bench_granularity": "Speed where experts are many and narrow",
+  "bench_sparsity": "Speed where a token meets more and more experts",
   "train_attention": "Loss of mixtures of attention and of dense attention",
 }
 _BEGIN, _END = "<!-- begin speed -->", "<!-- end speed -->"
@@ -31,13 +35,24 @@ _TITLE = """# How fast
 Written by `python -m benchmarks.report --readme` from the records in
 `benchmarks/results`, each with the command that made it.
 """
+# Of the columns of times.
+_IN_TURN = ("scattermoe_jax", "dense", *PEERS)
 Record = dict[str, Any]
 
 
 def load(device: str, bench: str) -> list[Record]:
-  """Returns the records of a benchmark on a device; none if it never ran."""
+  """Returns the records of a benchmark on a device; none if it never ran.
+
+  `bench_granularity` measures layers as `bench_mlp` does: until it ran, it has
+  the records of those.
+  """
   path = RESULTS / device / f"{bench}.json"
-  return json.loads(path.read_text()) if path.is_file() else []
+  if path.is_file():
+    return json.loads(path.read_text())
+  if bench == "bench_granularity":
+    layers = load(device, "bench_mlp")
+    return [r for r in layers if r["shape"] in GRANULARITY]
+  return []
 
 
 def ops_table(records: Sequence[Record]) -> str:
@@ -80,7 +95,7 @@ def layers_table(records: Sequence[Record]) -> str:
     if r["direction"] == "forward+backward" and r["routing"] == "random"
   }
   there = dict.fromkeys(name for _, name in steps)
-  others = [n for n in ("sonicmoe", "scattermoe", "tokamax") if n in there]
+  others = [name for name in PEERS if name in there]
   rows = []
   for shape in in_order(shape for shape, _ in steps):
     if (shape, "scattermoe_jax") not in steps:
@@ -100,6 +115,28 @@ def layers_table(records: Sequence[Record]) -> str:
   header += [f"times faster than {name}" for name in others]
   header += ["peak", *(f"peak of {name}" for name in others)]
   return _table(header, rows)
+
+
+def by_k_table(records: Sequence[Record], title: str) -> str:
+  """Returns the times of layers that differ in k, by implementation."""
+  records = [r for r in records if r["routing"] == "random"]
+  cells = {
+    (r["shape"], r["direction"], r["implementation"]): f"{r['ms_median']:.2f}"
+    for r in records
+  }
+  there = {(direction, name) for _, direction, name in cells}
+  columns = [
+    (direction, name)
+    for direction in ("forward", "forward+backward")
+    for name in _IN_TURN
+    if (direction, name) in there
+  ]
+  rows = [
+    [_described(shape), *(cells.get((shape, *c), "") for c in columns)]
+    for shape in in_order(r["shape"] for r in records)
+  ]
+  header = [f"{direction}, {name}" for direction, name in columns]
+  return _table([f"{title}, ms", *header], rows)
 
 
 def attention_table(records: Sequence[Record]) -> str:
@@ -134,42 +171,44 @@ def memory_table(records: Sequence[Record]) -> str:
   """Returns what each way to save memory costs in time."""
   rows = [
     [
-      r["shape"],
-      r["implementation"].replace("_", " "),
+      _described(shape),
+      figures.variant_label(r["implementation"]),
       f"{r['held_mib']:.0f} MiB",
       f"{r['peak_mib']:.0f} MiB",
+      f"{r['ms_median']:.2f} ms",
       f"{r['of_peak']:.2f}",
       f"{r['of_time']:.2f}",
     ]
+    for shape in in_order(r["shape"] for r in records)
     for r in records
+    if r["shape"] == shape
   ]
-  return _table(
-    ["layer", "variant", "held", "peak", "of the peak", "of the time"], rows
-  )
+  header = ["forward and backward", "variant", "held", "peak", "time"]
+  return _table([*header, "of the peak", "of the time"], rows)
 
 
 def train_table(records: Sequence[Record]) -> str:
   """Returns a language model's training step, by what its layers are."""
-  rows = [
-    [
-      r["variant"],
-      f"{r['params'] / 1e9:.2f} B",
-      f"{r['tokens_per_s']:.0f}",
-      f"{r['mfu']:.2f}",
-      f"{r['peak_mib'] / 1024:.1f} GiB",
-    ]
-    for r in records
-  ]
-  return _table(
-    [
-      "training a model",
-      "parameters",
-      "tokens/s",
-      "model FLOPs of the dense rate",
-      "peak",
-    ],
-    rows,
-  )
+  dense = {
+    r["model"]: r["tokens_per_s"] for r in records if r["variant"] == "dense"
+  }
+  rows = []
+  for r in records:
+    of_dense = r["tokens_per_s"] / dense.get(r["model"], float("inf"))
+    rows.append(
+      [
+        f"{r['model']}, {r['variant']}",
+        f"{r['params'] / 1e9:.2f} B",
+        f"{r['ms_median']:.0f} ms",
+        f"{r['tokens_per_s']:.0f}",
+        f"{of_dense:.2f}" if of_dense else "",
+        f"{r['mfu']:.2f}",
+        f"{r['peak_mib'] / 1024:.1f} GiB",
+      ]
+    )
+  header = ["training a model", "parameters", "step", "tokens/s"]
+  header += ["of the dense model's", "model FLOPs of the dense rate", "peak"]
+  return _table(header, rows)
 
 
 def decode_table(records: Sequence[Record]) -> str:
@@ -263,6 +302,14 @@ SECTIONS = (
   Section("bench_attention", attention_table, in_readme=("k8",)),
   Section("train_attention", learning_line, device="cpu", in_readme=True),
   Section("bench_memory", memory_table),
+  Section(
+    "bench_granularity",
+    functools.partial(by_k_table, title="narrower experts, the same work"),
+  ),
+  Section(
+    "bench_sparsity",
+    functools.partial(by_k_table, title="more of 64 experts"),
+  ),
   Section("bench_train", train_table),
   Section("bench_decode", decode_table),
   Section("bench_ops", triton_table, implementations=("triton", "scattermoe")),
@@ -322,11 +369,14 @@ def write_readme(path: pathlib.Path = _ROOT / "README.md") -> None:
   path.write_text(f"{before}{_BEGIN}\n{section}\n{_END}{after}")
 
 
-def beside_peers(bench: str) -> list[Record]:
-  """Returns a benchmark's records if a peer is among them, else none."""
+def pictured(bench: str) -> list[Record]:
+  """Returns the records that a picture is of.
+
+  None of `bench_mlp` unless a peer is among them.
+  """
   records = load("h200", bench)
   there = {r["implementation"] for r in records}
-  return records if there & {"sonicmoe", "scattermoe", "tokamax"} else []
+  return records if bench != "bench_mlp" or there & {*PEERS} else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -334,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--readme", action="store_true")
   if parser.parse_args(arguments).readme:
-    figures.draw_all(beside_peers, _ROOT / _IMAGES)
+    figures.draw_all(pictured, _ROOT / _IMAGES)
     page = f"{_TITLE}\n{speed_section()}\n{pictures()}"
     (_ROOT / "docs" / "speed.md").write_text(page)
     write_readme()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import figures, report, shapes
+from benchmarks import figures, report, shapes, timing
 
 pytest.importorskip("matplotlib")
 
@@ -64,7 +64,77 @@ def test_memory_table_says_what_is_saved_and_what_it_costs():
   ]
   table = report.memory_table([record | {"implementation": "keep_h"}])
   last = table.splitlines()[-1]
-  assert last == "| C1 | keep h | 50 MiB | 1200 MiB | 1.20 | 0.83 |"
+  assert last.startswith("| C1: T=24576")
+  assert last.endswith(
+    "| keep h | 50 MiB | 1200 MiB | 12.00 ms | 1.20 | 0.83 |"
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "label"),
+  [
+    ("chunks_1", "as it is"),
+    ("chunks_16", "16 chunks"),
+    ("keep_everything", "keep everything"),
+    ("keep_h_chunks_3", "keep h, 3 chunks"),
+  ],
+)
+def test_variants_of_memory_are_called_by_what_they_do(name, label):
+  assert figures.variant_label(name) == label
+
+
+def test_by_k_table_has_a_row_for_each_k_and_a_column_for_each_time():
+  records = layer_records(["E64_k8", "E64_k1"])
+  records = [
+    r
+    for r in records
+    if (r["shape"], r["implementation"]) != ("E64_k1", "sonicmoe")
+    and (r["direction"], r["implementation"]) != ("forward", "scattermoe")
+  ]
+  table = report.by_k_table(records, "more of 64 experts")
+  header, _, first, last = table.splitlines()
+  assert header == (
+    "| more of 64 experts, ms | forward, scattermoe_jax | forward, dense "
+    "| forward, sonicmoe | forward+backward, scattermoe_jax "
+    "| forward+backward, dense | forward+backward, sonicmoe "
+    "| forward+backward, scattermoe |"
+  )
+  assert first.endswith("k=1 | 10.00 | 9.00 |  | 10.00 | 9.00 |  | 25.00 |")
+  assert last.endswith(
+    "k=8 | 10.00 | 9.00 | 12.00 | 10.00 | 9.00 | 12.00 | 25.00 |"
+  )
+
+
+def test_granularity_is_of_the_same_layers_until_it_ran(tmp_path, monkeypatch):
+  monkeypatch.setattr(report, "RESULTS", tmp_path)
+  assert report.load("card", "bench_granularity") == []
+  layers = layer_records(["C1", *shapes.GRANULARITY])
+  timing.write_records(tmp_path / "card" / "bench_mlp.json", layers)
+  assert report.load("card", "bench_granularity") == layers[8:]
+  assert report.load("card", "bench_sparsity") == []
+  own = layer_records(["B_64_8"])
+  timing.write_records(tmp_path / "card" / "bench_granularity.json", own)
+  assert report.load("card", "bench_granularity") == own
+
+
+def test_train_table_is_beside_the_dense_model():
+  dense = {
+    "model": "d=8 layers=2",
+    "variant": "dense",
+    "params": 5e8,
+    "ms_median": 100.0,
+    "tokens_per_s": 200.0,
+    "mfu": 0.5,
+    "peak_mib": 2048.0,
+  }
+  mixture = dense | {"variant": "mosaic", "tokens_per_s": 150.0}
+  other = mixture | {"model": "d=8 layers=4"}
+  table = report.train_table([mixture, dense, other])
+  first, second, third = table.splitlines()[2:]
+  row = "| d=8 layers=2, {} | 0.50 B | 100 ms | {} | {} | 0.50 | 2.0 GiB |"
+  assert first == row.format("mosaic", 150, "0.75")
+  assert second == row.format("dense", 200, "1.00")
+  assert third == row.format("mosaic", 150, "").replace("=2", "=4")
 
 
 def made_here(records):
@@ -140,9 +210,11 @@ def test_triton_table_says_how_much_faster_than_scattermoe():
 def test_no_picture_of_a_layer_alone(monkeypatch):
   records = layer_records(["C1"])
   monkeypatch.setattr(report, "load", lambda device, bench: records)
-  assert report.beside_peers("bench_mlp") == records
+  assert report.pictured("bench_mlp") == records
   records = [r for r in records if "moe" not in r["implementation"][-3:]]
-  assert report.beside_peers("bench_mlp") == []
+  assert report.pictured("bench_mlp") == []
+  # The others compare variants, or k, or have the bound beside them.
+  assert report.pictured("bench_memory") == records
 
 
 def test_pictures_have_every_implementation(tmp_path, monkeypatch):
@@ -153,7 +225,9 @@ def test_pictures_have_every_implementation(tmp_path, monkeypatch):
       for r in layer_records(["C1", "C2"])
       if (r["direction"], r["implementation"]) != ("forward", "sonicmoe")
     ],
-    "bench_memory": layer_records(["C1"])[5:6],
+    "bench_memory": [
+      r | {"implementation": "keep_h"} for r in layer_records(["C1"])[5:6]
+    ],
     "bench_granularity": layer_records(shapes.GRANULARITY),
     "bench_sparsity": layer_records(shapes.SPARSITY),
   }
