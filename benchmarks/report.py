@@ -131,9 +131,10 @@ def by_k_table(records: Sequence[Record], title: str) -> str:
     for name in _IN_TURN
     if (direction, name) in there
   ]
+  shapes = {r["shape"] for r in records}
   rows = [
     [_described(shape), *(cells.get((shape, *c), "") for c in columns)]
-    for shape in in_order(r["shape"] for r in records)
+    for shape in sorted(shapes, key=lambda shape: SHAPES[shape].top_k)
   ]
   header = [f"{direction}, {name}" for direction, name in columns]
   return _table([f"{title}, ms", *header], rows)

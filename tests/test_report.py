@@ -105,6 +105,12 @@ def test_by_k_table_has_a_row_for_each_k_and_a_column_for_each_time():
   )
 
 
+def test_by_k_table_is_in_the_order_of_k():
+  table = report.by_k_table(layer_records(["A", "B_8_1", "B_64_8"]), "by k")
+  names = [row.split(":")[0] for row in table.splitlines()[2:]]
+  assert names == ["| B_8_1", "| A", "| B_64_8"]
+
+
 def test_granularity_is_of_the_same_layers_until_it_ran(tmp_path, monkeypatch):
   monkeypatch.setattr(report, "RESULTS", tmp_path)
   assert report.load("card", "bench_granularity") == []
