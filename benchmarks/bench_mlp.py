@@ -16,9 +16,10 @@ them is not. All implementations of a shape take turns in one run:
 
 `peak_mib` is what a step needs beside its arguments: XLA's temporaries and the
 results, or what a peer's allocator says. `held_mib` is what is kept from the
-forward to the backward, less x, gates and weights. Before its time is printed,
-an implementation is compared with float32: y and the gradients of x and gates
-for some tokens, the weight gradients of one expert (of peers, the former).
+forward to the backward, less the inputs: x, gates, weights, ids. Before its
+time is printed, an implementation is compared with float32: y and the gradients
+of x and gates for some tokens, the weight gradients of one expert (of peers,
+the former).
 
 All shapes are compiled side by side, then measured one after the other. Records
 of what needs no installing are made first; peers are built after that,
@@ -32,6 +33,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -131,18 +133,16 @@ def compiled_step(
 
 def held_bytes(layer: Layer, data: Inputs) -> int:
   """Returns the bytes that `jax.vjp` of the layer keeps beside its inputs."""
-  given = [data.x, data.gates, data.w_in, data.w_out]
 
   def residuals(x, gates, w_in, w_out, ids):
     forward = functools.partial(layer, expert_ids=ids)
     return jax.vjp(forward, x, gates, w_in, w_out)[1]
 
-  kept = jax.eval_shape(residuals, *given, data.expert_ids)
-  left = [(a.shape, a.dtype) for a in jax.tree.leaves(kept)]
-  for array in given:
-    if (array.shape, array.dtype) in left:
-      left.remove((array.shape, array.dtype))
-  return sum(int(np.prod(s)) * dtype.itemsize for s, dtype in left)
+  traced = jax.make_jaxpr(residuals)(*data[:5]).jaxpr
+  # Each array once, and only what is none of the inputs.
+  kept = {v for v in traced.outvars if isinstance(v, jax.extend.core.Var)}
+  kept -= set(traced.invars)
+  return sum(int(v.aval.size) * v.aval.dtype.itemsize for v in kept)
 
 
 def ours(num_experts: int, backend: str | None, num_chunks: int = 1) -> Layer:
