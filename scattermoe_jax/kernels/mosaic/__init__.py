@@ -3,6 +3,10 @@
 `check` asks for the features of JAX that the kernels were measured with, by
 name. The kernels themselves are imported where they are called, so that a
 machine without them can still ask.
+
+Launches are jitted by what is static of them, their plan: the layers of a model
+then share one kernel, which takes more than a second to lower and as long to
+compile. (JAX numbers what it lowers, so that equal kernels differ: 0.11.)
 """
 
 import functools
@@ -88,8 +92,6 @@ def scatter2scatter(
     config: the blocks; from the table or the heuristic if None.
   """
   del precision
-  from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
-
   d_out = w.shape[1 if transpose_w else 2]
   if routing.num_rows == 0:
     return jnp.zeros((0, d_out), x.dtype)
@@ -103,6 +105,15 @@ def scatter2scatter(
     transpose_w=transpose_w,
   )
 
+  return _store_rows(
+    x, w, bias, routing, plan=plan, grouped_out=grouped_out, d_out=d_out
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "grouped_out", "d_out"))
+def _store_rows(x, w, bias, routing, *, plan, grouped_out: bool, d_out: int):
+  from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
+
   @jax.custom_batching.sequential_vmap
   def run(x, w, bias, routing):
     epilogue = epilogues.StoreRows(
@@ -111,7 +122,11 @@ def scatter2scatter(
     )
     x = _pad(x, 1)
     [y] = grouped_matmul.multiply(
-      _pad_rows(x) if grouped_in else x, _pad(w, 1, 2), routing, epilogue, plan
+      _pad_rows(x) if plan.grouped_in else x,
+      _pad(w, 1, 2),
+      routing,
+      epilogue,
+      plan,
     )
     return y[:, :d_out]
 
@@ -145,11 +160,18 @@ def up_projection(
       keep_h=keep_h,
       precision=precision,
     )
-  from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
-
   plan = _plan(
     "up_projection", x, w, routing, config, transpose_w=False, halves=halves
   )
+  *h, a = _activate(
+    x, w, bias, routing, plan=plan, activation=activation, keep_h=keep_h
+  )
+  return (h[0] if keep_h else None), a
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "activation", "keep_h"))
+def _activate(x, w, bias, routing, *, plan, activation, keep_h: bool):
+  from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
 
   @jax.custom_batching.sequential_vmap
   def run(x, w, bias, routing):
@@ -158,8 +180,7 @@ def up_projection(
       _pad(x, 1), _pad(w, 1), routing, epilogue, plan
     )
 
-  *h, a = run(x, w, bias, routing)
-  return (h[0] if keep_h else None), a
+  return run(x, w, bias, routing)
 
 
 def down_projection_grad(
@@ -189,10 +210,17 @@ def down_projection_grad(
       activation=activation,
       precision=precision,
     )
+  plan = _plan("down_projection_grad", dy, w, routing, config, transpose_w=True)
+
+  return _differentiate(
+    dy, w, h, gates, routing, plan=plan, activation=activation
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "activation"))
+def _differentiate(dy, w, h, gates, routing, *, plan, activation):
   from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
   from scattermoe_jax.kernels.mosaic.matmul_tiles import ALIGN
-
-  plan = _plan("down_projection_grad", dy, w, routing, config, transpose_w=True)
 
   @jax.custom_batching.sequential_vmap
   def run(dy, w, h, gates, routing):

@@ -80,7 +80,13 @@ def group_xty(
   if config is None:
     config = _tuned(x, y, routing, x_grouped, y_grouped)
   plan = make_plan(x, y, routing, x_grouped, y_grouped, config)
+  return _launch(x, y, routing, plan=plan, ops=ops)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "ops"))
+def _launch(x, y, routing: Routing, *, plan: Plan, ops: Any):
   left, right = (y, x) if plan.transposed else (x, y)
+  shape = (routing.num_experts, x.shape[1], y.shape[1])
   out = jax.ShapeDtypeStruct(shape, x.dtype)
   dw = _kernel(plan, out, ops)(
     left, right, routing.scattered_ids, ordered_groups(routing)
