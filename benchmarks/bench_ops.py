@@ -251,7 +251,8 @@ def compile_programs(
     }
 
   jobs["samples", ""] = Job(samples, (data, routing, results))
-  made = {name: job.result() for name, job in compile_together(jobs).items()}
+  compiled = compile_together(jobs, alone=[("dense", op) for op in ops])
+  made = {name: job.result() for name, job in compiled.items()}
   return Programs(
     {op: made["dense", op] for op in ops},
     {name: made[name] for name in jobs if name[0] in implementations},

@@ -1,7 +1,7 @@
 """Programs compiled side by side, before anything is timed."""
 
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +22,10 @@ class Job(NamedTuple):
 
 
 def compile_together(
-  jobs: Mapping[_Name, Job], *, donate: tuple[int, ...] = ()
+  jobs: Mapping[_Name, Job],
+  *,
+  alone: Collection[_Name] = (),
+  donate: tuple[int, ...] = (),
 ) -> dict[_Name, Future[jax.stages.Compiled]]:
   """Returns the compiled programs by name, each as a future.
 
@@ -31,6 +34,9 @@ def compile_together(
 
   Args:
     jobs: what to compile.
+    alone: names of those that are compiled first, one after another: dense
+      products, for which XLA measures which of cuBLAS's algorithms is fastest,
+      and is misled by what runs beside.
     donate: the arguments whose memory the results may take, of all jobs.
   """
 
@@ -38,8 +44,15 @@ def compile_together(
     made = jax.jit(job.function, donate_argnums=donate)
     return made.lower(*job.arguments).compile(_OPTIONS)
 
-  with ThreadPoolExecutor(max_workers=max(4, os.cpu_count() or 1)) as pool:
-    return {name: pool.submit(compiled, job) for name, job in jobs.items()}
+  found = {}
+  for names, workers in (
+    ([name for name in jobs if name in alone], 1),
+    ([name for name in jobs if name not in alone], os.cpu_count() or 1),
+  ):
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+      for name in names:
+        found[name] = pool.submit(compiled, jobs[name])
+  return {name: found[name] for name in jobs}
 
 
 def abstract(tree: Any) -> Any:
