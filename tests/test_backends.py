@@ -17,6 +17,7 @@ import pytest
 from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels import (
   IMPLEMENTATIONS,
+  Columns,
   Problem,
   accumulator_dtype,
   xla,
@@ -345,6 +346,57 @@ def test_fused_forms_are_accurate(name, case, dtype, activation, gated):
       truth = reference_fused(float64(arrays), ids, activation, gated)
     trio = (in_groups(r, case, ids) for r in (got, truth, baseline))
     assert_all_accurate(FUSED_NAMES, *trio, err_msg=pattern)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def slices_both_ways(backend, transpose_w, arrays, ids, slices, width):
+  """Slices made of the whole w and bias, and the same of copies of theirs."""
+  options = options_for(arrays["w"].dtype)
+  options |= dict(grouped_in=True, grouped_out=True, transpose_w=transpose_w)
+  x, bias = arrays["x"]["grouped"], arrays["bias"]
+  w = arrays["w_transposed" if transpose_w else "w"]
+  routing = route(ids, w.shape[0])
+  product = lambda w, bias, **columns: backend.scatter2scatter(
+    x, w, routing, bias=bias, **options, **columns
+  )
+  in_place, from_copies = [], []
+  for i in slices:
+    columns = Columns(i, width)
+    in_place.append(product(w, bias, columns=columns))
+    w_slice = columns.of(w, 1 if transpose_w else 2)
+    from_copies.append(product(w_slice, columns.of(bias, 1)))
+  return in_place, from_copies
+
+
+@pytest.mark.parametrize("transpose_w", [False, True])
+@pytest.mark.parametrize(("name", "case", "dtype"), RUNS)
+def test_slices_of_columns_are_those_of_the_product(
+  name, case, dtype, transpose_w
+):
+  backend = load(name)
+  skip_if_refused(backend, case, dtype)
+  arrays = operands(case, dtype)
+  ids = strategies.expert_ids(case, "some_not_here")
+  whole = (transpose_w, arrays, ids)
+  slices, width = list(map(jnp.int32, range(2))), case.n // 2
+  poison_memory()
+  got, from_copies = slices_both_ways(backend, *whole, slices, width)
+  truth, baseline = (
+    kind.scatter2scatter(
+      arrays["x"]["grouped"],
+      arrays["w_transposed" if transpose_w else "w"],
+      ids,
+      bias=arrays["bias"],
+      grouped_in=True,
+      grouped_out=True,
+      transpose_w=transpose_w,
+    )
+    for kind in (oracle, plain)
+  )
+  for i in range(2):
+    columns = slice(i * width, (i + 1) * width)
+    np.testing.assert_array_equal(got[i], from_copies[i])
+    assert_accurate(got[i], truth[:, columns], baseline[:, columns])
 
 
 def test_a_wrong_backend_fails():

@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton_dialect
 
 from scattermoe_jax import ops
-from scattermoe_jax.kernels import triton
+from scattermoe_jax.kernels import Columns, triton
 from scattermoe_jax.kernels.triton.tiles import TritonConfig
 from scattermoe_jax.routing import route
 
@@ -118,6 +118,27 @@ def test_decode_lowers_with_a_split_contraction(layout):
       ((1, 8), jnp.int32),
     )
   assert text.count(TARGET) == 1
+
+
+@pytest.mark.parametrize("transpose_w", [False, True])
+def test_a_slice_of_columns_is_read_in_place(transpose_w):
+  def f(x, w, ids, i):
+    return triton.scatter2scatter(
+      x, w, route(ids, 8), transpose_w=transpose_w, columns=Columns(i, 512)
+    )
+
+  w_shape = (8, 2048, 512) if transpose_w else (8, 512, 2048)
+  for num_tokens in (2**4, 2**15):  # a program for each tile; one per core
+    with described("NVIDIA H100 80GB HBM3"):
+      text = lowered(
+        f,
+        ((num_tokens, 512), jnp.bfloat16),
+        (w_shape, jnp.bfloat16),
+        ((num_tokens, 4), jnp.int32),
+        ((), jnp.int32),
+      )
+    assert text.count(TARGET) == 1
+    assert "stablehlo.dynamic_slice" not in text
 
 
 @pytest.mark.parametrize("kind", DEVICES)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scattermoe_jax._compat import Device
-from scattermoe_jax.kernels import Problem, triton, xla
+from scattermoe_jax.kernels import Columns, Problem, triton, xla
 from scattermoe_jax.kernels.triton import tiles
 from scattermoe_jax.routing import route
 from tests import oracle, plain, strategies
@@ -86,6 +86,39 @@ def test_programs_that_walk_equal_a_program_per_tile(
     want = np.asarray(run(ids, CONFIG))
     assert np.any(want) == (pattern != "none_here")
     np.testing.assert_array_equal(run(ids, walks), want, err_msg=pattern)
+
+
+@pytest.mark.parametrize("transpose_w", [False, True])
+@pytest.mark.parametrize(
+  "changes",
+  [{}, {"split_k": 2}, {"num_programs": 3}],
+  ids=["single", "parts", "walk"],
+)
+def test_slices_of_columns_end_within_a_tile(changes, transpose_w):
+  # Of each slice's 20 columns, 4 are in a tile of 16 that the next one begins.
+  width, num_slices = 20, 3
+  x = normal(CASE.num_tokens, CASE.d)
+  w = normal(CASE.num_experts, CASE.d, num_slices * width, seed=1)
+  bias = normal(CASE.num_experts, num_slices * width, seed=2)
+  ids = ids_of("some_not_here")
+  config = dataclasses.replace(CONFIG, **changes)
+
+  @jax.jit
+  def run(i):
+    return triton.scatter2scatter(
+      x, w.swapaxes(1, 2) if transpose_w else w, routing_of(ids), bias=bias,
+      transpose_w=transpose_w, columns=Columns(i, width), config=config,
+      interpret=True,
+    )  # fmt: skip
+
+  for i in range(num_slices):
+    columns = slice(i * width, (i + 1) * width)
+    assert_accurate(
+      run(jnp.int32(i)),
+      oracle.scatter2scatter(x, w, ids, bias=bias)[:, columns],
+      plain.scatter2scatter(x, w, jnp.asarray(ids), bias=bias)[:, columns],
+      err_msg=str(i),
+    )
 
 
 @pytest.mark.parametrize("layout", ["grouped", "scattered"])
@@ -194,6 +227,22 @@ def test_vmap_equals_a_loop():
   for i in range(2):
     for got, want in zip(batched, both(x[i], ids[i]), strict=True):
       np.testing.assert_array_equal(got[i], want)
+
+
+def test_vmap_over_slices_equals_a_loop():
+  x = normal(CASE.num_tokens, CASE.d)
+  w = normal(CASE.num_experts, CASE.d, CASE.n, seed=1)
+  routing = routing_of(ids_of("skewed"))
+  backend = triton_interpreted()
+
+  def slice_of(i):
+    return backend.scatter2scatter(x, w, routing, columns=Columns(i, 8))
+
+  slices = jax.vmap(slice_of)(jnp.arange(3, dtype=jnp.int32))
+  want = backend.scatter2scatter(x, w, routing)
+  for i in range(3):
+    np.testing.assert_array_equal(slices[i], slice_of(i))
+    np.testing.assert_allclose(slices[i], want[:, 8 * i :][:, :8], rtol=1e-5)
 
 
 def test_float32_stays_32_bit_where_jax_has_64(x64):

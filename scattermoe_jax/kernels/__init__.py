@@ -7,8 +7,10 @@ A backend is a module with the functions below. None of them is differentiable;
       why this backend cannot run `problem`, in words; None if it can.
 
   scatter2scatter(x, w, routing, *, bias, grouped_in, grouped_out, transpose_w,
-                  precision) -> y
-      y[row] = x[row] @ w[expert of row] (+ bias[expert of row])
+                  columns, precision) -> y
+      y[row] = x[row] @ w[expert of row] (+ bias[expert of row]); of y only the
+      slice `columns` (`Columns`), if one is named, with no copy of that of w
+      where a kernel can read it in place.
 
   group_xty(x, y, routing, *, x_grouped, y_grouped, precision) -> (E, d, n)
       xty[e] = x_e^T y_e over the rows of expert e; zero for an expert of none.
@@ -33,6 +35,7 @@ Source: ScatterMoE (Tan et al., 2024), scatter2scatter and groupXtY; SonicMoE
 
 from scattermoe_jax.kernels.contract import (
   IMPLEMENTATIONS,
+  Columns,
   Problem,
   accumulator_dtype,
   choose_backend,
@@ -41,6 +44,7 @@ from scattermoe_jax.kernels.contract import (
 
 __all__ = [
   "IMPLEMENTATIONS",
+  "Columns",
   "Problem",
   "accumulator_dtype",
   "choose_backend",

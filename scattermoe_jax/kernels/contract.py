@@ -9,6 +9,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from scattermoe_jax._compat import (
   IMPLEMENTATION_VARIABLE,
@@ -46,6 +48,26 @@ class Problem(NamedTuple):
   d_out: int
   dtype: str
   device: Device
+
+
+class Columns(NamedTuple):
+  """One of the slices of `width` columns that a product is made in.
+
+  Their number, not their first column: a kernel that is told it serves all of
+  them, and knows that they start at multiples of the width.
+
+  Attributes:
+    slice_index: which; may be traced.
+    width: static.
+  """
+
+  slice_index: Int[Array, ""] | int
+  width: int
+
+  def of(self, array: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Returns a copy of the slice, along `axis`."""
+    start = self.slice_index * self.width
+    return lax.dynamic_slice_in_dim(array, start, self.width, axis)
 
 
 def accumulator_dtype(dtype) -> jnp.dtype:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scattermoe_jax._compat import current_device, vary_over, varying_axes
 from scattermoe_jax.kernels import composed
-from scattermoe_jax.kernels.contract import Problem, accumulator_dtype
+from scattermoe_jax.kernels.contract import Columns, Problem, accumulator_dtype
 from scattermoe_jax.kernels.schedule import TileSchedule, tile_schedule
 from scattermoe_jax.routing import Routing, input_rows
 
@@ -58,10 +58,11 @@ def scatter2scatter(
   grouped_in: bool = False,
   grouped_out: bool = False,
   transpose_w: bool = False,
+  columns: Columns | None = None,
   precision: lax.PrecisionLike = None,
   block_m: int | None = None,
   step_tiles: int | None = None,
-) -> Float[Array, "S n"]:
+) -> Float[Array, "S _"]:
   """Returns y with y[row] = x[row] @ w[expert of row] + bias[expert of row].
 
   Args:
@@ -72,10 +73,14 @@ def scatter2scatter(
     grouped_in: whether x is in grouped order.
     grouped_out: whether y is.
     transpose_w: whether to multiply by the transpose of w[e].
+    columns: the slice of y that is made; all of it if None.
     precision: of the products, as `jax.lax.dot_general` takes it.
     block_m: rows of a tile; by the mean group size if None.
     step_tiles: tiles of a step; `tiles_per_step` if None.
   """
+  if columns is not None:
+    w = columns.of(w, 1 if transpose_w else 2)
+    bias = None if bias is None else columns.of(bias, 1)
   num_rows = routing.num_rows
   d_in, d_out = x.shape[1], w.shape[1 if transpose_w else 2]
   if num_rows == 0:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels import composed
 from scattermoe_jax.kernels.config import TileConfig
-from scattermoe_jax.kernels.contract import Problem
+from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.schedule import window_of_rows
 from scattermoe_jax.kernels.tuning import tuned_config
 from scattermoe_jax.routing import Routing
@@ -75,9 +75,10 @@ def scatter2scatter(
   grouped_in: bool = False,
   grouped_out: bool = False,
   transpose_w: bool = False,
+  columns: Columns | None = None,
   precision=None,
   config: TileConfig | None = None,
-) -> Float[Array, "S n"]:
+) -> Float[Array, "S _"]:
   """Returns y with y[row] = x[row] @ w[expert of row] + bias[expert of row].
 
   Args:
@@ -88,11 +89,20 @@ def scatter2scatter(
     grouped_in: whether x is in grouped order.
     grouped_out: whether y is.
     transpose_w: whether to multiply by the transpose of w[e].
+    columns: the slice of y that is made; all of it if None.
     precision: unused; operands of 16 bits have one.
     config: the blocks; from the table or the heuristic if None.
   """
   del precision
-  d_out = w.shape[1 if transpose_w else 2]
+  slice_index = None
+  if columns is not None:
+    bias = None if bias is None else columns.of(bias, 1)
+    # What would have to be padded is copied: then rather the slice alone.
+    if any(size % _TILE_WIDTH for size in (columns.width, *w.shape[1:])):
+      w = columns.of(w, 1 if transpose_w else 2)
+    else:
+      slice_index = jnp.asarray(columns.slice_index, jnp.int32)
+  d_out = columns.width if columns else w.shape[1 if transpose_w else 2]
   if routing.num_rows == 0:
     return jnp.zeros((0, d_out), x.dtype)
   plan = _plan(
@@ -101,36 +111,42 @@ def scatter2scatter(
     w,
     routing,
     config,
+    d_out=d_out,
     grouped_in=grouped_in,
     transpose_w=transpose_w,
   )
 
   return _store_rows(
-    x, w, bias, routing, plan=plan, grouped_out=grouped_out, d_out=d_out
+    x,
+    w,
+    bias,
+    routing,
+    slice_index,
+    plan=plan,
+    grouped_out=grouped_out,
+    d_out=d_out,
   )
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "grouped_out", "d_out"))
-def _store_rows(x, w, bias, routing, *, plan, grouped_out: bool, d_out: int):
+def _store_rows(
+  x, w, bias, routing, slice_index, *, plan, grouped_out: bool, d_out: int
+):
   from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
 
   @jax.custom_batching.sequential_vmap
-  def run(x, w, bias, routing):
+  def run(x, w, bias, routing, slice_index):
     epilogue = epilogues.StoreRows(
       bias=_pad(bias, 1),
       scattered_ids=None if grouped_out else routing.scattered_ids,
     )
     x = _pad(x, 1)
-    [y] = grouped_matmul.multiply(
-      _pad_rows(x) if plan.grouped_in else x,
-      _pad(w, 1, 2),
-      routing,
-      epilogue,
-      plan,
-    )
+    x = _pad_rows(x) if plan.grouped_in else x
+    w = _pad(w, 1, 2)
+    [y] = grouped_matmul.multiply(x, w, routing, epilogue, plan, slice_index)
     return y[:, :d_out]
 
-  return run(x, w, bias, routing)
+  return run(x, w, bias, routing, slice_index)
 
 
 def up_projection(
@@ -276,11 +292,14 @@ def _fuses(routing: Routing, activation, width: int, multiple: int) -> bool:
   return routing.num_rows > 0 and lowers and width % multiple == 0
 
 
-def _plan(op: str, x, w, routing: Routing, config, *, transpose_w, **fields):
+def _plan(
+  op: str, x, w, routing: Routing, config, *, transpose_w, d_out=None, **fields
+):
   """Returns the launch plan of a product, its widths padded."""
   from scattermoe_jax.kernels.mosaic.matmul_tiles import Plan
 
-  d_in, d_out = w.shape[1:][::-1] if transpose_w else w.shape[1:]
+  d_in, columns = w.shape[1:][::-1] if transpose_w else w.shape[1:]
+  d_out = d_out or columns
   if config is None:
     problem = Problem(
       routing.num_rows,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels.mosaic import layouts as lt
@@ -61,6 +61,7 @@ def multiply(
   routing: Routing,
   epilogue: Any,
   plan: Plan,
+  slice_index: Int[Array, ""] | None = None,
 ) -> list[Array]:
   """Multiplies every row by its expert's matrix; returns what is stored.
 
@@ -70,18 +71,23 @@ def multiply(
     routing: which row belongs to which expert.
     epilogue: what is made of the products (`epilogues`).
     plan: the launch.
+    slice_index: which slice of `plan.d_out` columns of w is multiplied; None if
+      w has no more.
   """
   config, stages = plan.config, plan.config.num_stages
-  tiles_of_rows = window_schedule(
+  windows = window_schedule(
     routing.group_sizes, plan.num_rows, config.block_m, ALIGN
   )
+  schedule = [*windows]
+  if slice_index is not None:
+    schedule.append(slice_index[None])
   steps_k = plan.d_in // config.block_k
   rows = RowCopies(plan.d_in, plan.num_rows // x.shape[0])
   registers = _GROUPED_REGISTERS if plan.grouped_in else _GATHERED_REGISTERS
   arrivals = plan.halves + (1 if plan.grouped_in else rows.arrivals)
 
   def body(x, w, ids, *refs):
-    tiles, refs = refs[:5], refs[5:]
+    tiles, refs = refs[: len(schedule)], refs[len(schedule) :]
     extra, refs = refs[: len(operands)], refs[len(operands) :]
     outs, refs = refs[: len(out_types)], refs[len(out_types) :]
     x_smem, w_smem, full, empty, *scratch = refs
@@ -117,6 +123,7 @@ def multiply(
     @pl.when(warpgroup == _PRODUCER)
     def produce():
       plgpu.set_max_registers(registers.producer, action="decrease")
+      shift = None if slice_index is None else tiles[5][0] * plan.d_out
 
       def locate(loaded):
         _, first, _, end = loaded
@@ -143,7 +150,7 @@ def multiply(
             plgpu.barrier_wait(empty.at[slot])
 
           for half in range(plan.halves):
-            source = _w_slice(plan, expert, column, index_n, half)
+            source = _w_slice(plan, expert, column, index_n, half, shift)
             plgpu.copy_gmem_to_smem(
               w.at[source], w_smem.at[slot, half], full.at[slot]
             )
@@ -360,14 +367,14 @@ def multiply(
       approx_math=epilogue.approximates,
     ),
   )
-  outs = kernel(x, w, routing.scattered_ids, *tiles_of_rows, *operands)
+  outs = kernel(x, w, routing.scattered_ids, *schedule, *operands)
   # plgpu.kernel forgets over which mesh axes its results differ.
   return vary_over(outs, varying_axes(x, w, routing, operands))
 
 
-def _w_slice(plan: Plan, expert, column, index_n, half: int):
+def _w_slice(plan: Plan, expert, column, index_n, half: int, shift):
   """Returns the slice of w for one half of a k-step."""
   ks = pl.ds(column, plan.config.block_k)
   first = index_n * plan.part_n + half * (plan.d_out // plan.halves)
-  ns = pl.ds(first, plan.part_n)
+  ns = pl.ds(first if shift is None else first + shift, plan.part_n)
   return (expert, ns, ks) if plan.transpose_w else (expert, ks, ns)

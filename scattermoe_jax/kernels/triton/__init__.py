@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import current_device, has_pallas_triton
 from scattermoe_jax.kernels import composed
-from scattermoe_jax.kernels.contract import Problem
+from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.triton.group_xty import multiply_groups
 from scattermoe_jax.kernels.triton.scatter2scatter import multiply_tiles
 from scattermoe_jax.kernels.triton.tiles import (
@@ -56,10 +56,11 @@ def scatter2scatter(
   grouped_in: bool = False,
   grouped_out: bool = False,
   transpose_w: bool = False,
+  columns: Columns | None = None,
   precision: Any = None,
   config: TritonConfig | None = None,
   interpret: bool = False,
-) -> Float[Array, "S n"]:
+) -> Float[Array, "S _"]:
   """Returns y with y[row] = x[row] @ w[expert of row] + bias[expert of row].
 
   Args:
@@ -70,12 +71,18 @@ def scatter2scatter(
     grouped_in: whether x is in grouped order.
     grouped_out: whether y is.
     transpose_w: whether to multiply by the transpose of w[e].
+    columns: the slice of y that is made; all of it if None.
     precision: of the products, as `jax.lax.dot_general` takes it.
     config: blocks; by shape and device if None.
     interpret: whether to run in Pallas' interpreter, on any device.
   """
   num_rows, num_experts = routing.num_rows, routing.num_experts
   d_in, d_out = x.shape[1], w.shape[1 if transpose_w else 2]
+  slice_index = None
+  if columns is not None:
+    slice_index = jnp.asarray(columns.slice_index, jnp.int32)
+    d_out = columns.width
+    bias = None if bias is None else columns.of(bias, 1)
   if num_rows == 0:
     return jnp.zeros((0, d_out), x.dtype)
   if config is None:
@@ -92,12 +99,14 @@ def scatter2scatter(
     )
 
   @sequential_vmap
-  def multiply(x, w, bias, routing):
+  def multiply(x, w, bias, routing, slice_index):
     return multiply_tiles(
       x,
       w,
       bias,
       routing,
+      slice_index,
+      d_out=d_out,
       grouped_in=grouped_in,
       grouped_out=grouped_out,
       transpose_w=transpose_w,
@@ -106,7 +115,7 @@ def scatter2scatter(
       interpret=interpret,
     )
 
-  y = multiply(x, w, bias, routing)
+  y = multiply(x, w, bias, routing, slice_index)
   if config.split_k > 1:
     y = jnp.sum(y, axis=-3).astype(x.dtype)
   return y

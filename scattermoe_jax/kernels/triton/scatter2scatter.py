@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from scattermoe_jax.kernels.schedule import max_windows, window_schedule
 from scattermoe_jax.kernels.triton.launch import (
@@ -48,7 +48,7 @@ class _Form(NamedTuple):
   """What is static about a launch.
 
   Attributes:
-    num_experts: G.
+    d_out: N.
     tiles_n: tiles side by side.
     fan_out: scattered rows per row of x; None if x is grouped.
     grouped_out: whether y is in grouped order.
@@ -57,7 +57,7 @@ class _Form(NamedTuple):
     config: blocks and parts.
   """
 
-  num_experts: int
+  d_out: int
   tiles_n: int
   fan_out: int | None
   grouped_out: bool
@@ -88,7 +88,9 @@ def multiply_tiles(
   w: Float[Array, "G _ _"],
   bias: Float[Array, "G N"] | None,
   routing: Routing,
+  slice_index: Int[Array, ""] | None,
   *,
+  d_out: int,
   grouped_in: bool,
   grouped_out: bool,
   transpose_w: bool,
@@ -103,6 +105,8 @@ def multiply_tiles(
     w: (G, K, N), or (G, N, K) if `transpose_w`.
     bias: added to the first part.
     routing: which expert each row belongs to.
+    slice_index: which slice of N columns of w is read; None if w has no more.
+    d_out: N.
     grouped_in: whether x is in grouped order.
     grouped_out: whether y is.
     transpose_w: whether w is stored transposed.
@@ -110,16 +114,12 @@ def multiply_tiles(
     config: blocks, warps, stages and parts.
     interpret: whether to run in the interpreter.
   """
-  num_experts, d_out = w.shape[0], w.shape[1 if transpose_w else 2]
   num_rows, tiles_n = routing.num_rows, -(-d_out // config.block_n)
   tiles = _tiles(routing, config)
-  out_shape = jax.ShapeDtypeStruct((num_rows, d_out), x.dtype)
-  if config.split_k > 1:
-    out_shape = jax.ShapeDtypeStruct(
-      (config.split_k, num_rows, d_out), jnp.float32
-    )
+  parts = (config.split_k,) if config.split_k > 1 else ()
+  dtype = jnp.float32 if parts else x.dtype
   form = _Form(
-    num_experts=num_experts,
+    d_out=d_out,
     tiles_n=tiles_n,
     fan_out=None if grouped_in else num_rows // x.shape[0],
     grouped_out=grouped_out,
@@ -139,9 +139,10 @@ def multiply_tiles(
       "w": w,
       "bias": bias,
       "scattered_ids": routing.scattered_ids if uses_ids else None,
+      "slice_index": None if slice_index is None else slice_index[None],
       **tiles,
     },
-    out_shape,
+    jax.ShapeDtypeStruct((*parts, num_rows, d_out), dtype),
     num_programs=num_programs,
     config=config,
     interpret=interpret,
@@ -180,14 +181,14 @@ def _one_tile(gmem, y_gmem, *, form):
   """Multiplies or zeroes the tile that has the program's number."""
   row_tile, place = _place(pl.program_id(0), form)
   found = _rows_of_tile(gmem, row_tile, form.config.block_m)
-  expert, _, count = found
+  (expert, _, count), num_experts = found, gmem["w"].shape[0]
 
-  @pl.when((count > 0) & (expert < form.num_experts))
+  @pl.when((count > 0) & (expert < num_experts))
   def _multiply():
     tile = _with_ids(gmem, found, form)
     _multiply_tile(gmem, y_gmem, tile, place, form)
 
-  @pl.when((count > 0) & (expert == form.num_experts))
+  @pl.when((count > 0) & (expert == num_experts))
   def _zero():
     tile = _with_ids(gmem, found, form)
     _store_rows(y_gmem, tile, place, _zeros(form), form)
@@ -205,6 +206,7 @@ def _walk_tiles(gmem, y_gmem, *, form):
   of_experts, in_use = (gmem["num_tiles"][i] * columns for i in range(2))
   (most,) = gmem["expert_ids"].shape
   steps = jnp.int32(_num_steps(gmem, form))
+  first_column = _first_column(gmem, form)
 
   def read(number):
     row_tile = jnp.minimum(_place(number, form)[0], jnp.int32(most - 1))
@@ -221,7 +223,7 @@ def _walk_tiles(gmem, y_gmem, *, form):
       tile,
     )
     place = _place(number, form)[1]
-    acc = _add_step(gmem, y_gmem, tile, place, k, acc, form)
+    acc = _add_step(gmem, first_column, tile, place, k, acc, form)
 
     def store_and_clear(acc):
       _store_tile(gmem, y_gmem, tile, place, acc, form)
@@ -276,11 +278,12 @@ def _no_tile(gmem, form) -> _RowTile:
 
 def _multiply_tile(gmem, y_gmem, tile, place, form):
   """Multiplies the tile over its part of K, stores its rows."""
+  first_column = _first_column(gmem, form)
   # NumPy bounds: Python's would be 64-bit under jax_enable_x64.
   acc = lax.fori_loop(
     np.int32(0),
     np.int32(_num_steps(gmem, form)),
-    lambda k, acc: _add_step(gmem, y_gmem, tile, place, k, acc, form),
+    lambda k, acc: _add_step(gmem, first_column, tile, place, k, acc, form),
     _zeros(form),
   )
   _store_tile(gmem, y_gmem, tile, place, acc, form)
@@ -296,15 +299,24 @@ def _zeros(form):
   return jnp.zeros((form.config.block_m, form.config.block_n), jnp.float32)
 
 
-def _add_step(gmem, y_gmem, tile, place, k, acc, form):
+def _first_column(gmem, form):
+  """Returns which column of w is y's first; None if w has no others."""
+  if "slice_index" not in gmem:
+    return None
+  return gmem["slice_index"][0] * jnp.int32(form.d_out)
+
+
+def _add_step(gmem, first_column, tile, place, k, acc, form):
   """Returns acc + x[rows, ks] w[expert, ks, cols], ks of the part's step k."""
-  (tile_n, part), config = place, form.config
+  (_, part), config = place, form.config
   lanes = _lanes(config.block_m)
   if form.fan_out is None:
     rows = tile.first + jnp.minimum(lanes, tile.num_rows - 1)
   else:
     rows = lax.div(tile.ids, jnp.int32(form.fan_out))
-  cols, live_cols = _columns(tile_n, y_gmem.shape[-1], form)
+  cols, live_cols = _columns(place, form)
+  if first_column is not None:
+    cols += first_column
   ks = (part * _num_steps(gmem, form) + k) * config.block_k
   ks += _lanes(config.block_k)
   d_in = gmem["x"].shape[1]
@@ -329,36 +341,33 @@ def _add_step(gmem, y_gmem, tile, place, k, acc, form):
 
 def _store_tile(gmem, y_gmem, tile, place, acc, form):
   """Stores a tile's sums, and the bias in their first part."""
-  tile_n, part = place
   if "bias" in gmem:
-    cols, live_cols = _columns(tile_n, y_gmem.shape[-1], form)
+    cols, live_cols = _columns(place, form)
     bias = load(gmem["bias"], (tile.expert, cols), live_cols)
     bias = bias.astype(jnp.float32)
-    acc += jnp.where(part == 0, bias, jnp.zeros_like(bias))[None, :]
+    acc += jnp.where(place[1] == 0, bias, jnp.zeros_like(bias))[None, :]
   _store_rows(y_gmem, tile, place, acc, form)
 
 
 def _store_rows(y_gmem, tile, place, acc, form):
-  tile_n, part = place
-  num_rows, d_out = y_gmem.shape[-2:]
-  cols, live_cols = _columns(tile_n, d_out, form)
+  cols, live_cols = _columns(place, form)
   lanes = _lanes(form.config.block_m)
   live = lanes < tile.num_rows
   if form.grouped_out:
     rows = tile.first + lanes
   else:
     # Dead lanes aim past the end, where they meet no live row.
-    rows = jnp.where(live, tile.ids, jnp.int32(num_rows))
+    rows = jnp.where(live, tile.ids, jnp.int32(y_gmem.shape[-2]))
   at = (rows[:, None], cols[None, :])
-  parts = (part,) if form.config.split_k > 1 else ()
+  parts = place[1:] if form.config.split_k > 1 else ()
   store(y_gmem, (*parts, *at), acc, live[:, None], as_row(live_cols))
 
 
-def _columns(tile_n, d_out, form):
-  """Returns the columns of a tile, and which are live; None if all are."""
+def _columns(place, form):
+  """Returns y's columns in a tile, and which are live; None if all are."""
   block_n = form.config.block_n
-  cols = tile_n * block_n + _lanes(block_n)
-  return cols, (cols < d_out) if d_out % block_n else None
+  cols = place[0] * block_n + _lanes(block_n)
+  return cols, (cols < form.d_out) if form.d_out % block_n else None
 
 
 def _lanes(size):
