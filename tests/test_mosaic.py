@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import scattermoe_jax as sm
 from scattermoe_jax._compat import Device
-from scattermoe_jax.kernels import Problem, mosaic, xla
+from scattermoe_jax.kernels import Columns, Problem, mosaic, xla
 from scattermoe_jax.ops.activations import get_activation
 from scattermoe_jax.routing import route
 from tests.accuracy import assert_accurate
@@ -83,6 +83,38 @@ def test_scatter2scatter_interpreted(grouped_in, grouped_out, transpose_w):
 
 
 @needs_mosaic
+@pytest.mark.parametrize(
+  "grouped_in, transpose_w, width",
+  [
+    # Of each slice's columns, 64 are half a tile; the next slice's follow.
+    (True, False, N + 64),
+    pytest.param(True, True, N + 64, marks=pytest.mark.slow),
+    pytest.param(False, False, N, marks=pytest.mark.slow),
+    # No whole number of the tensor core's tiles: the slice is copied.
+    pytest.param(True, False, 40, marks=pytest.mark.slow),
+  ],
+)
+def test_slices_of_columns_interpreted(grouped_in, transpose_w, width):
+  from tests.interpreted_mosaic import mosaic_interpreted
+
+  routing, rng = routing_and_rng()
+  x = normal(rng, NUM_TOKENS * (TOP_K if grouped_in else 1), D)
+  shape = (2 * width, D) if transpose_w else (D, 2 * width)
+  w = normal(rng, NUM_EXPERTS, *shape)
+  options = dict(
+    bias=normal(rng, NUM_EXPERTS, 2 * width),
+    grouped_in=grouped_in,
+    grouped_out=True,
+    transpose_w=transpose_w,
+  )
+  backend = mosaic_interpreted()
+  for i in range(2):
+    options["columns"] = Columns(i, width)
+    got = backend.scatter2scatter(x, w, routing, **options)
+    assert_equals_xla("scatter2scatter", got, x, w, routing, **options)
+
+
+@needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", [True, False])
 def test_fused_forms_interpreted_without_races(gated):
@@ -120,28 +152,13 @@ LOWERED = {
 }
 
 
-@needs_mosaic
-@pytest.mark.parametrize("case", LOWERED)
-def test_a_training_step_lowers_without_a_gpu(case):
-  # up, dgrad of down, dx, dw_in, dw_out; a gradient needs no y.
-  assert lowered_training_step(*LOWERED[case]).count(KERNEL) == 5
-
-
-@needs_mosaic
-def test_layers_of_a_model_share_their_kernels():
-  # The first and the last layer differ: what nobody needs is not made.
-  case = (1001, 512, 128, 5, 2, "bfloat16", "silu")
-  three, four = (
-    lowered_training_step(*case, layers=layers).count(KERNEL)
-    for layers in (3, 4)
-  )
-  assert three == four
-
-
 KERNEL = "custom_call @mosaic_gpu"
 
 
-def lowered_training_step(T, d, n, E, k, dtype, activation, layers=1):
+def lowered_step(case, transform, *, layers=1, **options):
+  """Returns the text of a step of `LOWERED[case]`, lowered for an H200."""
+  T, d, n, E, k, dtype, activation = LOWERED[case]
+
   def loss(x, gates, w_in, w_out, ids):
     for _ in range(layers):
       x = sm.smoe_mlp(
@@ -152,6 +169,7 @@ def lowered_training_step(T, d, n, E, k, dtype, activation, layers=1):
         w_out,
         activation=activation,
         implementation="mosaic",
+        **options,
       )
     return x.astype(jnp.float32).sum()
 
@@ -165,8 +183,43 @@ def lowered_training_step(T, d, n, E, k, dtype, activation, layers=1):
   )
   device = AbstractDevice("NVIDIA H200", 132, "gpu")
   with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    step = jax.jit(transform(loss, argnums=(0, 1, 2, 3)))
     return step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("case", LOWERED)
+def test_a_training_step_lowers_without_a_gpu(case):
+  # up, dgrad of down, dx, dw_in, dw_out; a gradient needs no y.
+  assert lowered_step(case, jax.grad).count(KERNEL) == 5
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+  "case, num_chunks, copies",
+  [
+    ("many_experts", 4, 0),
+    ("gpt_oss_width", 5, 0),
+    # A slice that is no whole number of tiles is copied, in both directions.
+    ("float16_odd_width", 3, 2),
+  ],
+)
+def test_a_step_in_chunks_copies_no_weights(case, num_chunks, copies):
+  text = lowered_step(case, jax.value_and_grad, num_chunks=num_chunks)
+  assert text.count("stablehlo.dynamic_slice") == copies
+  # One kernel serves all slices of down, and one all of dx.
+  assert text.count(KERNEL) == 6
+  assert text.count("stablehlo.dynamic_update_slice") == 2 * num_chunks
+
+
+@needs_mosaic
+def test_layers_of_a_model_share_their_kernels():
+  # The first and the last layer differ: what nobody needs is not made.
+  three, four = (
+    lowered_step("many_experts", jax.grad, layers=layers).count(KERNEL)
+    for layers in (3, 4)
+  )
+  assert three == four
 
 
 @needs_mosaic

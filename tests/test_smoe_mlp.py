@@ -62,7 +62,7 @@ def inputs(case, dtype, *, gated=True, bias=True, seed=0):
   )
 
 
-def ours(inputs, ids, activation, num_experts, implementation=None):
+def ours(inputs, ids, activation, num_experts, **options):
   x, gates, w_in, w_out, bias_in, bias_out = inputs
   return smoe_mlp(
     x,
@@ -74,7 +74,7 @@ def ours(inputs, ids, activation, num_experts, implementation=None):
     bias_out=bias_out,
     activation=activation,
     precision="highest",
-    implementation=implementation,
+    **options,
   )
 
 
@@ -140,6 +140,22 @@ def test_every_routing_equals_autodiff_in_float64(pattern, x64):
   assert_all_accurate(
     value_and_grads(ours, *form), value_and_grads(theirs, *form)
   )
+
+
+# The second has slices of a single column.
+@pytest.mark.parametrize("num_chunks", [2, 10])
+def test_slices_of_columns_equal_autodiff_in_float64(num_chunks, x64):
+  arrays = inputs(CASE, jnp.float64)
+  ids = strategies.expert_ids(CASE, "some_not_here")
+  form = (ids, "silu", CASE.num_experts)
+  chunked = functools.partial(ours, num_chunks=num_chunks)
+  got = value_and_grads(chunked, arrays, *form)
+  assert_all_accurate(got, value_and_grads(theirs, arrays, *form))
+  x, gates, w_in, w_out, bias_in, bias_out = arrays
+  truth = oracle.smoe_mlp(
+    x, gates, ids, w_in, w_out, bias_in=bias_in, bias_out=bias_out
+  )
+  assert_accurate(got[0], truth, None)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +300,8 @@ def test_checkpoint_policies_see_h_by_its_name():
   assert h not in kept(policies.nothing_saveable)
 
 
-def test_runs_under_vmap(x64):
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_runs_under_vmap(num_chunks, x64):
   arrays, _ = small_layer(jnp.float64)
   x, gates, w_in, w_out = arrays[:4]
   ids = jnp.asarray(strategies.expert_ids(CASE, "skewed"))
@@ -292,7 +309,7 @@ def test_runs_under_vmap(x64):
   def grads(x, w_in, ids):
     routing = route(ids, CASE.num_experts)
     loss = lambda x, w_in: jnp.sum(
-      jnp.sin(smoe_mlp(x, gates, routing, w_in, w_out))
+      jnp.sin(smoe_mlp(x, gates, routing, w_in, w_out, num_chunks=num_chunks))
     )
     return jax.grad(loss, argnums=(0, 1))(x, w_in)
 

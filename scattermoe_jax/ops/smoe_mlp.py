@@ -1,6 +1,7 @@
 """The sparse MLP as one differentiable op, with a dense MLP's residuals."""
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -11,7 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import vary_over, varying_axes
-from scattermoe_jax.kernels import accumulator_dtype, choose_backend
+from scattermoe_jax.kernels import (
+  Columns,
+  accumulator_dtype,
+  choose_backend,
+)
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import Activation, get_activation
 from scattermoe_jax.ops.combine import sum_choices, weigh_choices
@@ -129,19 +134,20 @@ def _forward(
     precision=precision,
   )
 
-  def combined_columns(start, width):
+  def combined(a, columns):
     y_rows = backend.scatter2scatter(
       a,
-      _slice(w_out, start, width, axis=2),
+      w_out,
       routing,
-      bias=_slice(bias_out, start, width, axis=1),
+      bias=bias_out,
       grouped_in=True,
       grouped_out=True,
+      columns=columns,
       precision=precision,
     )
     return weigh_choices(y_rows, gates, routing)
 
-  return _by_columns(combined_columns, x, num_chunks), h
+  return _by_columns(combined, a, x, num_chunks), h
 
 
 def _fwd(static, x, gates, w_in, w_out, bias_in, bias_out, routing):
@@ -175,19 +181,20 @@ def _bwd(static, residuals, dy):
   )
   dw_out, dh = lax.optimization_barrier((dw_out, dh))
 
-  def dx_columns(start, width):
+  def summed(dh, columns):
     dx_rows = backend.scatter2scatter(
       dh,
-      _slice(w_in, start, width, axis=1),
+      w_in,
       routing,
       grouped_in=True,
       grouped_out=True,
       transpose_w=True,
+      columns=columns,
       precision=precision,
     )
     return sum_choices(dx_rows, routing)
 
-  dx = _by_columns(dx_columns, x, num_chunks)
+  dx = _by_columns(summed, dh, x, num_chunks)
   dx, dh = lax.optimization_barrier((dx, dh))
   dw_in = backend.group_xty(x, dh, routing, y_grouped=True, precision=precision)
   dbias_in = dbias_out = None
@@ -212,28 +219,33 @@ def _bwd(static, residuals, dy):
 _smoe_mlp.defvjp(_fwd, _bwd)
 
 
-def _by_columns(columns, like: Array, num_chunks: int) -> Array:
-  """Returns `columns(start, width)` over all columns, in `num_chunks` slices.
+def _by_columns(
+  multiply: Callable[[Array, Columns | None], Array],
+  rows: Float[Array, "S _"],
+  like: Float[Array, "T d"],
+  num_chunks: int,
+) -> Float[Array, "T d"]:
+  """Returns `multiply(rows, columns)` of all d columns, slice after slice.
 
-  One slice after the other, so that what a slice needs is held once.
+  A slice waits for the one before, so that what it needs is held once. These
+  are no turns of a loop in XLA: each would make the schedule of tiles anew, and
+  store its sums, at columns unknown to the compiler, two bytes at a time.
   """
-  width = like.shape[1] // num_chunks
   if num_chunks == 1:
-    return columns(0, width)
+    return multiply(rows, None)
+  width = like.shape[1] // num_chunks
 
-  def fill(chunk, out):
-    start = chunk * width
-    return lax.dynamic_update_slice_in_dim(
-      out, columns(start, width), start, axis=1
-    )
+  @jax.jit  # Lowered once, for all slices.
+  def one_slice(rows, index):
+    return multiply(rows, Columns(index, width))
 
-  return lax.fori_loop(0, num_chunks, fill, jnp.zeros_like(like))
-
-
-def _slice(w: Array | None, start, width: int, *, axis: int) -> Array | None:
-  if w is None or w.shape[axis] == width:
-    return w
-  return lax.dynamic_slice_in_dim(w, start, width, axis=axis)
+  # Every column is written: zeros here would be a pass over memory for nothing.
+  out = vary_over(lax.empty(like.shape, like.dtype), varying_axes(rows, like))
+  for index in range(num_chunks):
+    columns = one_slice(rows, jnp.int32(index))
+    out = lax.dynamic_update_slice_in_dim(out, columns, index * width, axis=1)
+    rows, out = lax.optimization_barrier((rows, out))
+  return out
 
 
 def _weighted_bias_grad(backend, dy, row_gates, routing, precision):
