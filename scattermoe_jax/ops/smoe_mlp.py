@@ -16,6 +16,7 @@ from scattermoe_jax.kernels import (
   Columns,
   accumulator_dtype,
   choose_backend,
+  xla,
 )
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import Activation, get_activation
@@ -147,7 +148,7 @@ def _forward(
     )
     return weigh_choices(y_rows, gates, routing)
 
-  return _by_columns(combined, a, x, num_chunks), h
+  return _by_columns(backend, combined, a, x, num_chunks), h
 
 
 def _fwd(static, x, gates, w_in, w_out, bias_in, bias_out, routing):
@@ -194,7 +195,7 @@ def _bwd(static, residuals, dy):
     )
     return sum_choices(dx_rows, routing)
 
-  dx = _by_columns(summed, dh, x, num_chunks)
+  dx = _by_columns(backend, summed, dh, x, num_chunks)
   dx, dh = lax.optimization_barrier((dx, dh))
   dw_in = backend.group_xty(x, dh, routing, y_grouped=True, precision=precision)
   dbias_in = dbias_out = None
@@ -220,6 +221,7 @@ _smoe_mlp.defvjp(_fwd, _bwd)
 
 
 def _by_columns(
+  backend: ModuleType,
   multiply: Callable[[Array, Columns | None], Array],
   rows: Float[Array, "S _"],
   like: Float[Array, "T d"],
@@ -227,9 +229,7 @@ def _by_columns(
 ) -> Float[Array, "T d"]:
   """Returns `multiply(rows, columns)` of all d columns, slice after slice.
 
-  A slice waits for the one before, so that what it needs is held once. These
-  are no turns of a loop in XLA: each would make the schedule of tiles anew, and
-  store its sums, at columns unknown to the compiler, two bytes at a time.
+  Each slice waits for the one before, so that what it needs is held once.
   """
   if num_chunks == 1:
     return multiply(rows, None)
@@ -239,13 +239,19 @@ def _by_columns(
   def one_slice(rows, index):
     return multiply(rows, Columns(index, width))
 
+  def fill(index, carry):
+    rows, out = carry
+    columns, start = one_slice(rows, index), index * width
+    out = lax.dynamic_update_slice_in_dim(out, columns, start, axis=1)
+    return lax.optimization_barrier((rows, out))
+
   # Every column is written: zeros here would be a pass over memory for nothing.
   out = vary_over(lax.empty(like.shape, like.dtype), varying_axes(rows, like))
-  for index in range(num_chunks):
-    columns = one_slice(rows, jnp.int32(index))
-    out = lax.dynamic_update_slice_in_dim(out, columns, index * width, axis=1)
-    rows, out = lax.optimization_barrier((rows, out))
-  return out
+  # In a loop a kernel's schedule would be made anew in every turn, and sums be
+  # stored two bytes at a time, at columns that the compiler does not know. What
+  # is no kernel makes copies, though, and those heed no barrier.
+  unroll = backend is not xla
+  return lax.fori_loop(0, num_chunks, fill, (rows, out), unroll=unroll)[1]
 
 
 def _weighted_bias_grad(backend, dy, row_gates, routing, precision):
