@@ -232,7 +232,7 @@ def test_pictures_have_every_implementation(tmp_path, monkeypatch):
       if (r["direction"], r["implementation"]) != ("forward", "sonicmoe")
     ],
     "bench_memory": [
-      r | {"implementation": "keep_h"} for r in layer_records(["C1"])[5:6]
+      r | {"implementation": "chunks_2"} for r in layer_records(["C1"])[5:6]
     ],
     "bench_granularity": layer_records(shapes.GRANULARITY),
     "bench_sparsity": layer_records(shapes.SPARSITY),
