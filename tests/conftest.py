@@ -5,6 +5,7 @@ On a machine with a GPU, the tests marked `gpu` run with
 """
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # On a CPU, compiling is most of a test. Without LLVM's optimisations it takes
@@ -12,6 +13,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # modules that measure that are marked `optimised`.
 if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+  # What was compiled once, by whichever test or process of a test, is found
+  # again. JAX does not write whole files at once: each worker has a folder.
+  _COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )

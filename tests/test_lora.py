@@ -73,7 +73,8 @@ def test_adapted_experts_equal_merged_ones(activation):
     x, gates, expert_ids, **full, **biases, activation=activation
   )
   arguments = (x, gates, adapters)
-  assert_accurate(adapted(*arguments), expected, merged(*arguments))
+  got, baseline = (jax.jit(f)(*arguments) for f in (adapted, merged))
+  assert_accurate(got, expected, baseline)
 
   weight = normal(T, D)
   loss = lambda f: lambda *args: (f(*args) * weight).sum()
@@ -103,8 +104,10 @@ def test_a_model_with_adapters_equals_the_merged_model(attention):
     {"kernel"} if attention == "moa" else set()
   )
   input_ids = jnp.asarray(RANDOM.integers(0, 256, (2, 7)), jnp.int32)
-  logits = lambda params: (
-    Transformer(config).apply({"params": params}, input_ids).logits
+  logits = jax.jit(
+    lambda params: (
+      Transformer(config).apply({"params": params}, input_ids).logits
+    )
   )
   adapted = logits(lora.with_adapters(params, adapters))
   merged, _ = lora.merge(params, adapters)

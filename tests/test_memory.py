@@ -1,5 +1,7 @@
 """What a training step keeps and what it holds at its peak."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +38,17 @@ def step(inputs, routing, **options):
   )
 
 
+@functools.cache
+def compiled_step(**options):
+  return (
+    jax.jit(functools.partial(step, **options)).lower(*layer_inputs()).compile()
+  )
+
+
 def test_chunks_change_no_result():
   inputs, routing = layer_inputs()
-  whole = jax.jit(step)(inputs, routing)
-  chunked = jax.jit(lambda i, r: step(i, r, num_chunks=3))(inputs, routing)
+  whole = compiled_step()(inputs, routing)
+  chunked = compiled_step(num_chunks=3)(inputs, routing)
   for a, b in zip(
     jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True
   ):
@@ -49,15 +58,8 @@ def test_chunks_change_no_result():
 
 
 def test_chunks_lower_the_peak():
-  inputs, routing = layer_inputs()
-
   def peak(**options):
-    compiled = (
-      jax.jit(lambda i, r: step(i, r, **options))
-      .lower(inputs, routing)
-      .compile()
-    )
-    return compiled.memory_analysis().temp_size_in_bytes
+    return compiled_step(**options).memory_analysis().temp_size_in_bytes
 
   expanded = T * k * d * 4
   assert peak(num_chunks=6) <= peak() - expanded // 2

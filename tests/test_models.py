@@ -70,11 +70,20 @@ def config_of(family: str, **fields) -> ModelConfig:
   return dataclasses.replace(TINY, **FAMILIES[family], **fields)
 
 
+@functools.cache
+def shapes_of(model: Transformer):
+  ids = jnp.zeros((1, 4), jnp.int32)
+  return jax.eval_shape(model.init, jax.random.key(0), ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model: Transformer, variables, ids):
+  return model.apply(variables, ids).logits
+
+
 def random_variables(model: Transformer, seed: int = 0):
   """Returns variables with no zeros or ones left, so that each one matters."""
-  ids = jnp.zeros((1, 4), jnp.int32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), ids)
-  leaves, tree = jax.tree.flatten(shapes)
+  leaves, tree = jax.tree.flatten(shapes_of(model))
   random = np.random.default_rng(seed)
   return tree.unflatten(
     jnp.asarray(random.normal(size=s.shape) * 0.4, s.dtype) for s in leaves
@@ -217,12 +226,8 @@ def test_every_config_field_acts():
   ids = random_ids(1, 6)
 
   @functools.cache
-  def shapes(config):
-    init = Transformer(config).init
-    return jax.eval_shape(init, jax.random.key(0), ids)
-
-  @functools.cache
   def logits(config):
+    # Not jitted: the operations that configs share are compiled once.
     model = Transformer(config)
     return model.apply(random_variables(model), ids).logits
 
@@ -233,7 +238,7 @@ def test_every_config_field_acts():
     if name == "attention_top_k":
       changes["num_heads"] = value * TINY.num_kv_heads
     changed = dataclasses.replace(base, **changes)
-    if shapes(base) == shapes(changed):
+    if shapes_of(Transformer(base)) == shapes_of(Transformer(changed)):
       difference = float(jnp.abs(logits(changed) - logits(base)).max())
       assert difference > 1e-3, f"{name} does nothing"
 
@@ -242,7 +247,7 @@ def test_remat_and_dtypes_leave_the_function():
   config = dataclasses.replace(TINY, num_layers=1)
   variables = random_variables(Transformer(config))
   ids = random_ids(1, 6)
-  logits = Transformer(config).apply(variables, ids).logits
+  logits = logits_of(Transformer(config), variables, ids)
   remat = Transformer(dataclasses.replace(config, remat=True))
 
   def loss(params, model):
@@ -254,12 +259,12 @@ def test_remat_and_dtypes_leave_the_function():
   for a, b in zip(*map(jax.tree.leaves, (grads, again)), strict=True):
     np.testing.assert_allclose(b, a, rtol=1e-4)
   half = dataclasses.replace(config, dtype="bfloat16")
-  rounded = Transformer(half).apply(variables, ids).logits
+  rounded = logits_of(Transformer(half), variables, ids)
   assert rounded.dtype == jnp.float32
   correlation = np.corrcoef(np.ravel(rounded), np.ravel(logits))[0, 1]
   assert correlation > 0.98
   narrow = dataclasses.replace(half, param_dtype="bfloat16")
-  shapes = jax.eval_shape(Transformer(narrow).init, jax.random.key(0), ids)
+  shapes = shapes_of(Transformer(narrow))
   assert {s.dtype for s in jax.tree.leaves(shapes)} == {jnp.dtype("bfloat16")}
 
 
@@ -268,16 +273,14 @@ def test_jitter_needs_a_key_and_changes_training_only():
   model = Transformer(config)
   variables = random_variables(model)
   ids = random_ids(1, 6)
-  calm = model.apply(variables, ids).logits
-  noisy = [
-    model.apply(
-      variables,
-      ids,
-      deterministic=False,
-      rngs={"router": jax.random.key(seed)},
-    ).logits
-    for seed in (0, 1)
-  ]
+  calm = logits_of(model, variables, ids)
+
+  @jax.jit
+  def train(seed):
+    rngs = {"router": jax.random.key(seed)}
+    return model.apply(variables, ids, deterministic=False, rngs=rngs).logits
+
+  noisy = [train(seed) for seed in (0, 1)]
   assert not np.allclose(noisy[0], calm)
   assert not np.allclose(noisy[0], noisy[1])
 
@@ -288,8 +291,7 @@ def test_dense_twin_has_as_many_active_params_but_for_routers(attention):
 
   def counts(config):
     model = Transformer(config)
-    ids = jnp.zeros((1, 4), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    params = shapes_of(model)["params"]
     return count_active_params(params, model), count_params(params)
 
   active, total = counts(config)
@@ -336,11 +338,15 @@ def test_greedy_sample_takes_the_likeliest_token_of_the_full_pass():
   model = Transformer(TINY)
   variables = random_variables(model)
   prompt = random_ids(2, 3)
-  tokens = sample(
-    model, variables, prompt, 4, key=jax.random.key(0), temperature=0.0
-  )
+
+  @jax.jit
+  def greedy(variables, prompt):
+    key = jax.random.key(0)
+    return sample(model, variables, prompt, 4, key=key, temperature=0.0)
+
+  tokens = greedy(variables, prompt)
   text = jnp.concatenate([prompt, tokens], axis=1)
-  logits = model.apply(variables, text).logits
+  logits = logits_of(model, variables, text)
   np.testing.assert_array_equal(tokens, logits[:, 2:-1].argmax(axis=-1))
 
 
