@@ -18,12 +18,15 @@ demo: .venv/ready
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 	  .venv/bin/python -m scattermoe_jax.models.train
 
-# A module's tests share what they compile, so one worker takes them all.
+# A module's tests share what they compile, so one worker takes them all; the
+# modules go in the order of tests/conftest.py.
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: .venv/ready
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	.venv/bin/python $(PYTEST)
 
 test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	.venv-oldest/bin/python $(PYTEST)
 
 check: .venv/ready
 	.venv/bin/ruff format --check .

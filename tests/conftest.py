@@ -9,8 +9,8 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # On a CPU, compiling is most of a test. Without LLVM's optimisations it takes
-# four fifths of the time; what is computed is the same but for rounding, and
-# modules that measure that are marked `optimised`.
+# half to four fifths of the time; what is computed is the same but for
+# rounding, and tests that measure that are marked `optimised`.
 if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   # What was compiled once, by whichever test or process of a test, is found
@@ -27,6 +27,31 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+
+# Modules of half a minute or so. Tests run by module: these come first, or one
+# worker would still be at the last of them when the others are done.
+_LONGEST = {
+  f"tests.test_{name}"
+  for name in (
+    "attention",
+    "backends",
+    "benchmarks",
+    "finetuning",
+    "generate",
+    "lora",
+    "mesh",
+    "models",
+    "mosaic",
+    "nn_transforms",
+    "notebooks",
+    "parallel_linear",
+    "sharding",
+    "smoe_mlp",
+    "train_program",
+    "training",
+    "triton",
+  )
+}
 
 _IS_QUICK = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
 
@@ -60,19 +85,14 @@ def poison_memory() -> None:
     garbage.delete()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_as_marked(request):
-  """Compiles as users do in the modules that are marked `optimised`."""
-  is_optimised = request.node.get_closest_marker("optimised") is not None
-  if not (_IS_QUICK and is_optimised):
-    yield
-    return
-  # What was compiled before must not be found again, nor afterwards.
-  jax.config.update("jax_disable_most_optimizations", False)
-  jax.clear_caches()
-  yield
-  jax.config.update("jax_disable_most_optimizations", True)
-  jax.clear_caches()
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Compiles as users do for the tests that are marked `optimised`."""
+  is_quick = _IS_QUICK and item.get_closest_marker("optimised") is None
+  if is_quick != jax.config.read("jax_disable_most_optimizations"):
+    jax.config.update("jax_disable_most_optimizations", is_quick)
+    # What was compiled before must not be found again.
+    jax.clear_caches()
 
 
 @pytest.fixture
@@ -92,7 +112,8 @@ def unchecked():
 
 
 def pytest_collection_modifyitems(items):
-  """Skips the GPU's tests, with a reason, where there is no GPU."""
+  """Begins with what takes longest; skips the GPU's tests without a GPU."""
+  items.sort(key=lambda item: item.module.__name__ not in _LONGEST)
   if not any("gpu" in item.keywords for item in items) or _has_gpu():
     return
   for item in items:

@@ -29,8 +29,6 @@ from tests.accuracy import assert_accurate
 from tests.conftest import enable_x64, on_cpu, poison_memory
 from tests.strategies import Case
 
-pytestmark = pytest.mark.optimised
-
 SMALL = Case(40, 3, 6, 64, 32)
 # On a GPU: several blocks to an expert, and widths off every block.
 MEDIUM, ODD = Case(300, 4, 8, 256, 128), Case(257, 2, 5, 600, 104)
@@ -304,6 +302,7 @@ def float64(tree):
   return jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), tree)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("name", "case", "dtype"), RUNS)
 def test_products_are_accurate(name, case, dtype):
   backend = load(name)
@@ -324,6 +323,7 @@ def test_products_are_accurate(name, case, dtype):
     )
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(("activation", "gated"), FUSED)
 @pytest.mark.parametrize(("name", "case", "dtype"), FUSED_RUNS)
 def test_fused_forms_are_accurate(name, case, dtype, activation, gated):
@@ -368,6 +368,7 @@ def slices_both_ways(backend, transpose_w, arrays, ids, slices, width):
   return in_place, from_copies
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("transpose_w", [False, True])
 @pytest.mark.parametrize(("name", "case", "dtype"), RUNS)
 def test_slices_of_columns_are_those_of_the_product(
@@ -399,6 +400,7 @@ def test_slices_of_columns_are_those_of_the_product(
     assert_accurate(got[i], truth[:, columns], baseline[:, columns])
 
 
+@pytest.mark.optimised
 def test_a_wrong_backend_fails():
   class Swapped:
     """A backend that mistakes the order of its input."""

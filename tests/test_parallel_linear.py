@@ -15,8 +15,6 @@ from tests.accuracy import assert_accurate
 from tests.conftest import enable_x64
 from tests.strategies import Case
 
-pytestmark = pytest.mark.optimised
-
 CASE = Case(24, 3, 6, 20, 9)
 LAYOUTS = [
   # (rows of x, grouped_out)
@@ -136,6 +134,7 @@ def test_gradients_equal_finite_differences(x64):
   )
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_every_dtype_is_as_accurate_as_plain_xla(dtype):
   ids = strategies.expert_ids(CASE, "skewed")
