@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from benchmarks import bench_ops, command
 from benchmarks.compiling import abstract
 from benchmarks.shapes import Shape
-from scattermoe_jax._compat import current_device
-from scattermoe_jax.kernels import Problem, choose_backend
+from scattermoe_jax.kernels import choose_backend
 from scattermoe_jax.routing import Routing, route
 
 _KEY = ("shape", "num_experts", "op", "implementation")
@@ -40,7 +39,8 @@ def run(
     records = []
     for op in ops:
       product = bench_ops.products(sized)[op]
-      backend = choose_backend([_problem(sized, product)], implementation)
+      problem = bench_ops.problem_of(sized, product)
+      backend = choose_backend([problem], implementation)
       function = _function(backend, product)
       operands = tuple(data[name] for name in product.operands)
       seconds = _first_call(function, *operands, routing)
@@ -60,16 +60,6 @@ def run(
 def _operands(shape: Shape) -> tuple[dict[str, jax.Array], Routing]:
   ids = jnp.zeros((shape.num_tokens, shape.top_k), jnp.int32)
   return bench_ops.arrays(shape), route(ids, shape.num_experts)
-
-
-def _problem(shape: Shape, product: bench_ops.Product) -> Problem:
-  return Problem(
-    shape.num_rows,
-    shape.num_experts,
-    *product.widths,
-    "bfloat16",
-    current_device(),
-  )
 
 
 def _function(backend, product: bench_ops.Product):

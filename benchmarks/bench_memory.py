@@ -16,6 +16,7 @@ Without `--variants` N is chosen for each shape so that a slice is whole tiles.
 forward to the backward beside x, gates, weights and ids.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -102,21 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
       for each in options.variants or variants_of(shape)
     }
   compiled = bench_mlp.compile_shapes(
-    {
-      name: bench_mlp.checked_jobs(
-        SHAPES[name], of_shape, [_DIRECTION], "random"
-      )
-      for name, of_shape in layers.items()
-    }
+    layers,
+    functools.partial(
+      bench_mlp.checked_jobs, directions=[_DIRECTION], routing="random"
+    ),
   )
 
   def measure(shape: Shape):
-    return run(
-      shape,
-      {key: made.result() for key, made in compiled[shape.name].items()},
-      layers[shape.name],
-      command.sampling(options),
-    )
+    sampling = command.sampling(options)
+    return run(shape, compiled(shape), layers[shape.name], sampling)
 
   return command.measure_each(
     options, measure, bench="bench_memory", key=bench_mlp.KEY

@@ -28,8 +28,7 @@ each in at most `--peer-seconds`, and measured in turns with all of the rest.
 
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -236,23 +235,34 @@ def checked_jobs(
 
 
 def compile_shapes(
-  jobs: Mapping[str, Mapping[Any, Job]],
-) -> dict[str, dict[Any, Future[jax.stages.Compiled]]]:
-  """Returns the programs of all shapes, compiled side by side.
+  layers: Mapping[str, Mapping[str, Layer]],
+  jobs_of: Callable[[Shape, Mapping[str, Layer]], Mapping[Any, Job]],
+) -> Callable[[Shape], dict[Any, jax.stages.Compiled]]:
+  """Compiles the programs of all shapes side by side.
 
   All before the first is measured: a compiler takes turns badly.
+
+  Args:
+    layers: by the name of their shape.
+    jobs_of: what to compile for a shape and its layers.
+
+  Returns:
+    What returns a shape's programs, or raises what compiling them raised.
   """
   start = time.perf_counter()
   named = {
-    (name, key): job for name, of in jobs.items() for key, job in of.items()
+    (name, key): job
+    for name, of_shape in layers.items()
+    for key, job in jobs_of(SHAPES[name], of_shape).items()
   }
   dense = [(name, key) for name, key in named if key[0] == "dense"]
   made = compile_together(named, alone=dense)
   print(f"compiled after {time.perf_counter() - start:.1f} s", flush=True)
-  found: dict[str, dict[Any, Any]] = {name: {} for name in jobs}
-  for (name, key), future in made.items():
-    found[name][key] = future
-  return found
+  return lambda shape: {
+    key: future.result()
+    for (name, key), future in made.items()
+    if name == shape.name
+  }
 
 
 class Truth(NamedTuple):
@@ -510,18 +520,16 @@ def main(
     for name in options.shapes
   }
   compiled = compile_shapes(
-    {
-      name: own_jobs(
-        SHAPES[name], of_shape, options.directions, options.routing
-      )
-      for name, of_shape in layers.items()
-    }
+    layers,
+    functools.partial(
+      own_jobs, directions=options.directions, routing=options.routing
+    ),
   )
 
   def measure(shape: Shape):
     return run(
       shape,
-      {key: made.result() for key, made in compiled[shape.name].items()},
+      compiled(shape),
       layers[shape.name],
       implementations=options.implementations,
       directions=options.directions,

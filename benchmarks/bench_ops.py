@@ -228,7 +228,7 @@ def compile_programs(
     operands = tuple(data[name] for name in product.operands)
     for implementation in implementations:
       try:
-        backend = choose_backend([_problem(shape, product)], implementation)
+        backend = choose_backend([problem_of(shape, product)], implementation)
       except NotImplementedError as error:
         print(f"{shape.name} {op}: {error}", flush=True)
         continue
@@ -375,7 +375,8 @@ def run(
     yield records
 
 
-def _problem(shape: Shape, product: Product) -> Problem:
+def problem_of(shape: Shape, product: Product) -> Problem:
+  """Returns what a backend is chosen by."""
   return Problem(
     shape.num_rows,
     shape.num_experts,

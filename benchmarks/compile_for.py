@@ -12,12 +12,12 @@ import argparse
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from scattermoe_jax._compat import Device
 from scattermoe_jax.kernels import triton
 from scattermoe_jax.kernels.triton.tiles import (
   group_xty_config,
@@ -26,22 +26,13 @@ from scattermoe_jax.kernels.triton.tiles import (
 )
 from scattermoe_jax.routing import Routing
 
-
-class Card(NamedTuple):
-  """A GPU, as XLA has it described."""
-
-  kind: str
-  capability: tuple[int, int]
-  num_cores: int
-
-
 CARDS = {
-  "A100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 108),
-  "L4": Card("NVIDIA L4", (8, 9), 58),
-  "H200": Card("NVIDIA H200", (9, 0), 132),
-  "B200": Card("NVIDIA B200", (10, 0), 148),
-  "RTX_PRO_6000": Card(
-    "NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188
+  "A100": Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108),
+  "L4": Device("gpu", "NVIDIA L4", (8, 9), 58),
+  "H200": Device("gpu", "NVIDIA H200", (9, 0), 132),
+  "B200": Device("gpu", "NVIDIA B200", (10, 0), 148),
+  "RTX_PRO_6000": Device(
+    "gpu", "NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188
   ),
 }
 # (T, d, n, E, k): large tiles; widths off every block; few rows per expert.
@@ -52,7 +43,7 @@ SHAPES = {
 }
 
 
-def topology(card: Card) -> topologies.TopologyDescription:
+def topology(card: Device) -> topologies.TopologyDescription:
   """Returns the description of a machine with one such card."""
   major, minor = card.capability
   shared = shared_limit(card.capability)
@@ -78,7 +69,7 @@ def topology(card: Card) -> topologies.TopologyDescription:
   )
 
 
-def products(card: Card, sizes: tuple[int, ...], dtype) -> dict:
+def products(card: Device, sizes: tuple[int, ...], dtype) -> dict:
   """Returns (function, shapes of its operands) of a layer's five, by name."""
   tokens, d, n, experts, top_k = sizes
   rows, itemsize = tokens * top_k, jnp.dtype(dtype).itemsize
@@ -125,7 +116,7 @@ def products(card: Card, sizes: tuple[int, ...], dtype) -> dict:
 
 
 def compile_for(
-  card: Card, sizes: tuple[int, ...], dtype
+  card: Device, sizes: tuple[int, ...], dtype
 ) -> dict[str, str | None]:
   """Returns why each product does not compile, None where it does."""
   devices = topology(card).devices
@@ -152,7 +143,7 @@ def compile_for(
   return found
 
 
-def _described(card: Card):
+def _described(card: Device):
   try:
     device = jax.sharding.AbstractDevice(card.kind, card.num_cores, "gpu")
   except (AttributeError, TypeError):  # before JAX 0.9, lowering asks for none

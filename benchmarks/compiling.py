@@ -47,7 +47,10 @@ def compile_together(
   found = {}
   for names, workers in (
     ([name for name in jobs if name in alone], 1),
-    ([name for name in jobs if name not in alone], os.cpu_count() or 1),
+    (
+      [name for name in jobs if name not in alone],
+      max(4, os.cpu_count() or 1),
+    ),
   ):
     with ThreadPoolExecutor(max_workers=workers) as pool:
       for name in names:

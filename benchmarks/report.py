@@ -24,7 +24,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 _IMAGES = pathlib.Path("docs/images")
 _PICTURES = {
   "bench_mlp": "Speed and memory of the layer, beside its peers'",
-  "bench_memory": "What each way to save memory costs in time",
+  "bench_memory": "What chunks save of memory, and what they cost in time",
   "bench_granularity": "Speed where experts are many and narrow",
   "bench_sparsity": "Speed where a token meets more and more experts",
   "train_attention": "Loss of mixtures of attention and of dense attention",
