@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 
 class TileSchedule(NamedTuple):
@@ -146,6 +146,16 @@ def window_of_rows(
   return windows, places % block_m
 
 
+def sum_where(
+  mask: Bool[Array, "A B"], values: Int[Array, " B"]
+) -> Int[Array, " A"]:
+  """Returns the sum of values[b] over all b where mask[a, b], for each a.
+
+  On a GPU one small kernel, where a cumulative sum is several.
+  """
+  return jnp.sum(jnp.where(mask, values[None, :], 0), axis=1, dtype=jnp.int32)
+
+
 class _Groups(NamedTuple):
   starts: Int[Array, " G"]
   ends: Int[Array, " G"]
@@ -162,14 +172,10 @@ def _groups(
   num_groups: int,
 ) -> _Groups:
   """Returns where groups lie; the rows of none are group E, if counted."""
-  # Sums over masks: on a GPU one small kernel each, where a cumsum is several.
   # Barriers, or XLA would count once more in every kernel that reads a count.
   groups = jnp.arange(num_groups, dtype=jnp.int32)
   experts = jnp.arange(group_sizes.shape[0], dtype=jnp.int32)[None, :]
-  sizes = group_sizes.astype(jnp.int32)[None, :]
-  sum_where = lambda mask, values: jnp.sum(
-    jnp.where(mask, values, 0), axis=1, dtype=jnp.int32
-  )
+  sizes = group_sizes.astype(jnp.int32)
   starts, ends = lax.optimization_barrier(
     (
       sum_where(experts < groups[:, None], sizes),
@@ -180,7 +186,7 @@ def _groups(
   aligned = starts - starts % jnp.int32(align)
   tiles = jnp.where(ends > starts, -(-(ends - aligned) // block_m), 0)
   tile_ends = lax.optimization_barrier(
-    sum_where(groups[None, :] <= groups[:, None], tiles[None, :])
+    sum_where(groups[None, :] <= groups[:, None], tiles)
   )
   return _Groups(starts, ends, aligned, tile_ends - tiles, tile_ends)
 

@@ -77,9 +77,7 @@ class RowCopies(NamedTuple):
         position = arith.addi(first, arith.minsi(row_i, last))
         position = arith.minsi(position, lt.const(last_id))
         row_id = lt.load_id(ids, position)
-        if self.fan_out > 1:
-          row_id = arith.divui(row_id, lt.const(self.fan_out))
-        start = arith.muli(row_id, lt.const(self.width // lt.CHUNK))
+        start = lt.row_chunk(row_id, self.fan_out, self.width)
         chunks.append(arith.addi(start, chunk))
       return lt.pack(chunks, count)
 

@@ -75,10 +75,9 @@ def multiply(
       w has no more.
   """
   config, stages = plan.config, plan.config.num_stages
-  windows = window_schedule(
-    routing.group_sizes, plan.num_rows, config.block_m, ALIGN
+  schedule = list(
+    window_schedule(routing.group_sizes, plan.num_rows, config.block_m, ALIGN)
   )
-  schedule = [*windows]
   if slice_index is not None:
     schedule.append(slice_index[None])
   steps_k = plan.d_in // config.block_k
@@ -93,7 +92,7 @@ def multiply(
     x_smem, w_smem, full, empty, *scratch = refs
     warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_index("block")
-    num_tiles_m = tiles[4][plan.num_experts]
+    num_tiles_m = tiles[4][plan.num_experts]  # up to the last group's end
     num_tiles = num_tiles_m * plan.num_tiles_n
     mine = (num_tiles - block + config.num_sms - 1) // config.num_sms
 

@@ -142,6 +142,19 @@ def load_id(ids: ir.Value, position: ir.Value) -> ir.Value:
   return llvm.load(i32(), at_byte(global_pointer(ids), offset))
 
 
+def row_chunk(row_id: ir.Value, fan_out: int, width: int) -> ir.Value:
+  """Returns the chunk at which the row of an id begins.
+
+  Args:
+    row_id: the row, times `fan_out`, or up to `fan_out` - 1 more.
+    fan_out: ids that name the same row.
+    width: columns of a row.
+  """
+  if fan_out > 1:
+    row_id = arith.divui(row_id, const(fan_out))
+  return arith.muli(row_id, const(width // CHUNK))
+
+
 def wait_async_copies(in_flight: int) -> None:
   """Waits until at most `in_flight` groups of cp.async of this thread remain.
 

@@ -111,11 +111,9 @@ def copy(source, smem, ids, window: Window, *, column, width, fan_out):
     ]
     # Each lane knows a row: where it begins, or -1 if it is to be zero.
     [my_id] = lt.unpack(ids)
-    if fan_out > 1:
-      my_id = arith.divui(my_id, lt.const(fan_out))
     my_start = arith.select(
       _my_row(*window)[1],
-      arith.muli(my_id, lt.const(width // lt.CHUNK)),
+      lt.row_chunk(my_id, fan_out, width),
       lt.const(-1),
     )
     for i in range(_WARP_ROWS // _ROWS_AT_ONCE):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.mosaic.warpgroup_ops import ROWS
+from scattermoe_jax.kernels.schedule import sum_where
 from scattermoe_jax.routing import Routing
 
 BLOCK_LEFT = 128
@@ -121,9 +122,6 @@ def ordered_groups(routing: Routing) -> tuple[Array, Array, Array]:
   is_earlier = experts[None, :] < experts[:, None]
   is_longer = (sizes[None, :] > sizes[:, None]) | (
     (sizes[None, :] == sizes[:, None]) & is_earlier
-  )
-  sum_where = lambda mask, values: jnp.sum(
-    jnp.where(mask, values[None, :], 0), axis=1, dtype=jnp.int32
   )
   # Without the barrier XLA would count once more for every pick.
   rank, first = lax.optimization_barrier(

@@ -105,11 +105,10 @@ def scatter2scatter_config(
   # for tiles of which a core holds one. One more stage is then worth its room.
   one_a_core = 2 * shared_bytes(config, itemsize) > shared_limit(capability)
   if block_m == 128 and one_a_core and programs >= _TILES_TO_WALK * num_cores:
-    stages = config.num_stages + 1
-    config = dataclasses.replace(
-      config, num_stages=stages, num_programs=num_cores
+    walks = dataclasses.replace(
+      config, num_stages=config.num_stages + 1, num_programs=num_cores
     )
-    config = _fit(config, itemsize, capability)
+    return _fit(walks, itemsize, capability)
   return config
 
 
