@@ -44,7 +44,11 @@ SHAPES = {
 
 
 def topology(card: Device) -> topologies.TopologyDescription:
-  """Returns the description of a machine with one such card."""
+  """Returns the description of a machine with one such card.
+
+  Raises:
+    SystemExit: if this JAX cannot compile for it.
+  """
   major, minor = card.capability
   shared = shared_limit(card.capability)
   config = f"""
@@ -64,9 +68,15 @@ def topology(card: Device) -> topologies.TopologyDescription:
     dnn_version_info {{ major: 9 minor: 7 }}
     platform_name: "CUDA" device_description_str: "{card.kind}"
   """
-  return topologies.get_topology_desc(
-    "gpu", "cuda", target_config=config, topology="1x1x1"
-  )
+  try:
+    return topologies.get_topology_desc(
+      "gpu", "cuda", target_config=config, topology="1x1x1"
+    )
+  except NotImplementedError as error:
+    raise SystemExit(
+      "compile_for: this JAX has no CUDA plugin, which is what compiles; "
+      "install scattermoe_jax with '.[cuda13]' or '.[cuda12]'."
+    ) from error
 
 
 def products(card: Device, sizes: tuple[int, ...], dtype) -> dict:

@@ -30,3 +30,12 @@ def test_compile_for_has_the_five_products_of_a_layer(card, shape):
     "dw": (experts, d, n),
     "dw_grouped": (experts, d, n),
   }
+
+
+def test_compile_for_says_what_it_needs(monkeypatch):
+  def no_plugin(*args, **options):
+    raise NotImplementedError("topology not implemented for cuda")
+
+  monkeypatch.setattr(compile_for.topologies, "get_topology_desc", no_plugin)
+  with pytest.raises(SystemExit, match="no CUDA plugin"):
+    compile_for.main(["--devices", "A100", "--shapes", "odd"])
