@@ -4,7 +4,7 @@
 
 A program owns one tile of xty[e], (block_m, block_n), and walks the expert's
 rows, block_k at a time, so no two programs add to the same place. Either
-operand is gathered as it is loaded. An expert without rows takes no step and
+operand is gathered as it is loaded. An expert without rows adds nothing and
 stores zeros. Source: ScatterMoE (Tan et al., 2024), groupXtY.
 """
 
@@ -82,7 +82,7 @@ def _tile(gmem, xty_gmem, *, tiles_m, tiles_n, precision, config):
   live_ms = (ms < d_in) if d_in % config.block_m else None
   live_ns = (ns < d_out) if d_out % config.block_n else None
 
-  def step(i, acc, *, is_whole):
+  def add_product(i, acc, *, is_whole):
     rows = begin + i * config.block_k
     rows += jnp.arange(config.block_k, dtype=jnp.int32)
     # Both operands are masked: zero times a neighbour's NaN would be NaN.
@@ -103,14 +103,12 @@ def _tile(gmem, xty_gmem, *, tiles_m, tiles_n, precision, config):
       preferred_element_type=jnp.float32,
     )
 
-  # Whole steps, which need no masks, have a loop of their own.
-  block_k = jnp.int32(config.block_k)
-  whole = lax.div(end - begin, block_k)
-  steps = lax.div(end - begin + (block_k - 1), block_k)
+  # Whole steps need no masks. The rest goes first: behind or between them it
+  # would keep the compiler from running their products asynchronously.
+  whole = lax.div(end - begin, jnp.int32(config.block_k))
   acc = jnp.zeros((config.block_m, config.block_n), jnp.float32)
-  whole_step = functools.partial(step, is_whole=True)
+  acc = add_product(whole, acc, is_whole=False)
+  whole_step = functools.partial(add_product, is_whole=True)
   acc = lax.fori_loop(jnp.int32(0), whole, whole_step, acc)
-  last_step = functools.partial(step, is_whole=False)
-  acc = lax.fori_loop(whole, steps, last_step, acc)
   at = (expert, ms[:, None], ns[None, :])
   store(xty_gmem, at, acc, as_column(live_ms), as_row(live_ns))
