@@ -303,7 +303,7 @@ def run(
   ops: Sequence[str] = OPS,
   bandwidth: float,
   samples: int = 20,
-  sample_ms: float = 4.0,
+  sample_ms: float = timing.SAMPLE_MS,
 ) -> Iterator[list[dict[str, Any]]]:
   """Yields the records of one shape, those of an op together.
 

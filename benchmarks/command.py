@@ -20,7 +20,7 @@ def parser(doc: str, *, shapes: Sequence[str] = ()) -> argparse.ArgumentParser:
   made = argparse.ArgumentParser(description=doc.splitlines()[0])
   made.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(shapes))
   made.add_argument("--samples", type=int, default=20)
-  made.add_argument("--sample-ms", type=float, default=4.0)
+  made.add_argument("--sample-ms", type=float, default=timing.SAMPLE_MS)
   made.add_argument("--write", action="store_true", help="keep the records")
   return made
 
