@@ -117,7 +117,7 @@ def _route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
   sort = _counting_sort if on_gpu and small else _comparison_sort
   grouped_ids, scattered_ids, sizes = sort(flat_ids, num_experts)
   routing = Routing(
-    expert_ids=flat_ids[scattered_ids],
+    expert_ids=take_rows(flat_ids, scattered_ids),
     scattered_ids=scattered_ids,
     grouped_ids=grouped_ids.reshape(expert_ids.shape),
     group_sizes=sizes,
@@ -151,6 +151,15 @@ def input_rows(
   if num_input_rows == routing.num_rows:
     return routing.scattered_ids
   return routing.scattered_ids // jnp.int32(routing.top_k)
+
+
+def take_rows(rows: Array, ids: Int[Array, " *ids"]) -> Array:
+  """Returns rows[ids], for ids of a routing.
+
+  Those are never negative nor out of bounds. Indexing would allow for both, and
+  XLA hold what it makes of the ids beside them.
+  """
+  return rows.at[ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 # What either sort returns: grouped_ids (S), scattered_ids (S), group_sizes (E).
@@ -197,7 +206,12 @@ def _counting_sort(flat_ids: Int[Array, " S"], num_experts: int) -> _Sorted:
 
 def _inverse(permutation: Int[Array, " S"]) -> Int[Array, " S"]:
   rows = jnp.arange(permutation.shape[0], dtype=jnp.int32)
-  return jnp.zeros_like(rows).at[permutation].set(rows, unique_indices=True)
+  # Every place is written. Unsigned ids are not looked through for negatives.
+  inverse = lax.empty(rows.shape, rows.dtype)
+  inverse = vary_over(inverse, varying_axes(permutation))
+  return inverse.at[permutation.astype(jnp.uint32)].set(
+    rows, mode="promise_in_bounds", unique_indices=True
+  )
 
 
 def _check_expert_ids(expert_ids, num_experts: int) -> None:

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from scattermoe_jax.routing import take_rows
+
 
 class TileSchedule(NamedTuple):
   """The row tiles of one launch, in ascending order of rows.
@@ -141,8 +143,10 @@ def window_of_rows(
   num_rows = expert_ids.shape[0]
   num_groups = group_sizes.shape[0] + 1
   groups = _groups(group_sizes, num_rows, block_m, align, num_groups)
-  places = jnp.arange(num_rows, dtype=jnp.int32) - groups.aligned[expert_ids]
-  windows = groups.first_tiles[expert_ids] + places // block_m
+  places = jnp.arange(num_rows, dtype=jnp.int32) - take_rows(
+    groups.aligned, expert_ids
+  )
+  windows = take_rows(groups.first_tiles, expert_ids) + places // block_m
   return windows, places % block_m
 
 

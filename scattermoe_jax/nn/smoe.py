@@ -25,7 +25,7 @@ from scattermoe_jax.nn.router import (
   router_z_loss,
 )
 from scattermoe_jax.ops import Activation, smoe_mlp
-from scattermoe_jax.routing import Routing, route
+from scattermoe_jax.routing import Routing, route, take_rows
 
 
 class SMoEMetrics(NamedTuple):
@@ -125,7 +125,7 @@ class SMoEMLP(nn.Module):
         )
       if isinstance(expert_ids, Routing):
         # Each device makes its own routing, of the experts it has.
-        expert_ids = expert_ids.expert_ids[expert_ids.grouped_ids]
+        expert_ids = take_rows(expert_ids.expert_ids, expert_ids.grouped_ids)
       y = sharding.smoe_mlp(
         *rows, expert_ids, w_in, w_out, axes=self.mesh_axes, **options
       )

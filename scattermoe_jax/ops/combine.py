@@ -8,7 +8,7 @@ from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels import accumulator_dtype
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.derivatives import first_derivative_only
-from scattermoe_jax.routing import Routing, input_rows
+from scattermoe_jax.routing import Routing, input_rows, take_rows
 
 
 def combine(
@@ -44,7 +44,7 @@ def sum_choices(
   rows: Float[Array, "S d"], routing: Routing
 ) -> Float[Array, "T d"]:
   """Returns out[t] = sum_j rows[grouped row of choice j of t]; no gradient."""
-  choices = rows[routing.grouped_ids]
+  choices = take_rows(rows, routing.grouped_ids)
   wide = accumulator_dtype(rows.dtype)
   return jnp.sum(choices, axis=1, dtype=wide).astype(rows.dtype)
 
@@ -54,7 +54,7 @@ def weigh_choices(
 ) -> Float[Array, "T d"]:
   """Computes `combine`, without checks and without a gradient."""
   wide = accumulator_dtype(y.dtype)
-  choices = y[routing.grouped_ids].astype(wide)
+  choices = take_rows(y, routing.grouped_ids).astype(wide)
   return jnp.sum(gates.astype(wide)[:, :, None] * choices, axis=1).astype(
     y.dtype
   )
@@ -75,12 +75,14 @@ def _combine_bwd(residuals, dout):
   wide = accumulator_dtype(y.dtype)
   # A gather by the inverse permutation, where autodiff would scatter and add.
   tokens = input_rows(routing, routing.num_tokens, grouped=False)
-  row_gates = gates.reshape(-1)[routing.scattered_ids].astype(wide)
-  dy = (row_gates[:, None] * dout[tokens].astype(wide)).astype(y.dtype)
+  row_gates = take_rows(gates.reshape(-1), routing.scattered_ids).astype(wide)
+  dy = (row_gates[:, None] * take_rows(dout, tokens).astype(wide)).astype(
+    y.dtype
+  )
   dgates = jnp.einsum(
     "td,tkd->tk",
     dout.astype(wide),
-    _rows_here(y, routing)[routing.grouped_ids].astype(wide),
+    take_rows(_rows_here(y, routing), routing.grouped_ids).astype(wide),
     precision=jax.lax.Precision.HIGHEST,
   )
   return _rows_here(dy, routing), dgates.astype(gates.dtype), None

@@ -17,7 +17,7 @@ from scattermoe_jax.ops.combine import weigh_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.parallel_linear import linear_problems
 from scattermoe_jax.ops.placement import check_placement
-from scattermoe_jax.routing import Routing
+from scattermoe_jax.routing import Routing, take_rows
 
 
 def linear_combine(
@@ -114,8 +114,8 @@ def _bwd(static, residuals, dy):
   dx, weighted_x, row_dgates = backend.down_projection_grad(
     dy,
     w,
-    x if grouped_in else x[routing.scattered_ids],
-    gates.reshape(-1)[routing.scattered_ids],
+    x if grouped_in else take_rows(x, routing.scattered_ids),
+    take_rows(gates.reshape(-1), routing.scattered_ids),
     routing,
     activation=get_activation("identity", gated=False),
     precision=precision,
@@ -124,11 +124,11 @@ def _bwd(static, residuals, dy):
     weighted_x, dy, routing, x_grouped=True, precision=precision
   )
   if not grouped_in:
-    dx = dx[routing.grouped_ids.reshape(-1)]
+    dx = take_rows(dx, routing.grouped_ids.reshape(-1))
   # Whatever a row of x holds that is not here, its gate has no gradient.
   here = routing.expert_ids < routing.num_experts
   row_dgates = jnp.where(here, row_dgates, jnp.zeros_like(row_dgates))
-  dgates = row_dgates[routing.grouped_ids]
+  dgates = take_rows(row_dgates, routing.grouped_ids)
   return dx, dgates.astype(gates.dtype), dw, None
 
 

@@ -4,7 +4,7 @@ import jax
 from jaxtyping import Array, Float
 
 from scattermoe_jax.ops.combine import sum_choices
-from scattermoe_jax.routing import Routing, input_rows
+from scattermoe_jax.routing import Routing, input_rows, take_rows
 
 
 @jax.custom_vjp
@@ -16,7 +16,7 @@ def repeat_tokens(
   Its gradient sums the k rows of a token by a gather, where autodiff would
   scatter and add. Residuals: the ids of `routing`.
   """
-  return x[input_rows(routing, routing.num_tokens, grouped=False)]
+  return take_rows(x, input_rows(routing, routing.num_tokens, grouped=False))
 
 
 @jax.custom_vjp
@@ -39,7 +39,7 @@ def group_rows(
   For narrow rows that another pass writes anyway: XLA makes the gather part of
   it. Residuals: the ids of `routing`.
   """
-  return rows[routing.scattered_ids]
+  return take_rows(rows, routing.scattered_ids)
 
 
 @jax.custom_vjp
@@ -47,7 +47,7 @@ def ungroup_rows(
   rows: Float[Array, "S n"], routing: Routing
 ) -> Float[Array, "S n"]:
   """Returns grouped rows in scattered order; see `group_rows`."""
-  return rows[routing.grouped_ids.reshape(-1)]
+  return take_rows(rows, routing.grouped_ids.reshape(-1))
 
 
 repeat_tokens.defvjp(

@@ -24,7 +24,7 @@ from scattermoe_jax.ops.combine import sum_choices, weigh_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.parallel_linear import bias_grad, linear_problems
 from scattermoe_jax.ops.placement import check_placement
-from scattermoe_jax.routing import Routing
+from scattermoe_jax.routing import Routing, take_rows
 
 
 def smoe_mlp(
@@ -163,7 +163,9 @@ def _bwd(static, residuals, dy):
   backend, activation, num_chunks, precision = static
   residuals, dy = first_derivative_only("smoe_mlp", (residuals, dy))
   x, h, gates, w_in, w_out, bias_in, bias_out, routing = residuals
-  row_gates = gates.reshape(-1)[routing.scattered_ids]
+  # What the backward makes of gates is not made, and held, in the forward.
+  gates, dy = lax.optimization_barrier((gates, dy))
+  row_gates = take_rows(gates.reshape(-1), routing.scattered_ids)
   # da' = dy w_out^T; dgates = <da', a>; dh = (gates da') f'(h)
   dh, weighted_a, row_dgates = backend.down_projection_grad(
     dy,
@@ -174,7 +176,7 @@ def _bwd(static, residuals, dy):
     activation=activation,
     precision=precision,
   )
-  dgates = row_dgates[routing.grouped_ids]
+  dgates = take_rows(row_dgates, routing.grouped_ids)
   # One after the other, so that memory serves twice: weighted_a is gone before
   # rows of dx are there, and they before the larger dw.
   dw_out = backend.group_xty(
@@ -275,7 +277,7 @@ def _bias_gate_grad(dy, bias, routing, precision):
     precision=precision,
     preferred_element_type=wide,
   )
-  experts = routing.expert_ids[routing.grouped_ids]
+  experts = take_rows(routing.expert_ids, routing.grouped_ids)
   return jnp.take_along_axis(
     products, experts, axis=1, mode="fill", fill_value=0
   )

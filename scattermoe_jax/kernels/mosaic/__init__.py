@@ -23,7 +23,7 @@ from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.schedule import window_of_rows
 from scattermoe_jax.kernels.tuning import tuned_config
-from scattermoe_jax.routing import Routing
+from scattermoe_jax.routing import Routing, take_rows
 
 _DTYPES = ("bfloat16", "float16")
 # Copies move 16 bytes of a row, or boxes of 8 rows.
@@ -244,14 +244,15 @@ def _differentiate(dy, w, h, gates, routing, *, plan, activation):
     dh, weighted_a, sums = grouped_matmul.multiply(
       _pad(dy, 1), _pad(w, 2), routing, epilogue, plan
     )
-    # One partial sum for each tile of columns, added in one order.
     window, place = window_of_rows(
       routing.expert_ids,
       routing.group_sizes,
       plan.config.block_m,
       ALIGN,
     )
-    return dh, weighted_a, jnp.sum(sums, axis=1)[window, place]
+    # One partial sum for each tile of columns, added in one order.
+    sums = jnp.sum(sums, axis=1).reshape(-1)
+    return dh, weighted_a, take_rows(sums, window * plan.config.block_m + place)
 
   return run(dy, w, h, gates, routing)
 
