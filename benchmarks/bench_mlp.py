@@ -21,6 +21,9 @@ time is printed, an implementation is compared with float32: y and the gradients
 of x and gates for some tokens, the weight gradients of one expert (of peers,
 the former).
 
+`times_ours` is over the time of scattermoe_jax in the same turns: records of
+one layer may come from several runs, whose times do not compare.
+
 All shapes are compiled side by side, then measured one after the other. Records
 of what needs no installing are made first; peers are built after that,
 each in at most `--peer-seconds`, and measured in turns with all of the rest.
@@ -459,6 +462,9 @@ def measured(
     }
     if "dense" in taken:
       record["of_dense"] = taken["dense"].ms_median / took.ms_median
+    if IMPLEMENTATIONS[0] in taken:
+      ours = taken[IMPLEMENTATIONS[0]].ms_median
+      record["times_ours"] = took.ms_median / ours
     if step.note:
       record["note"] = step.note
     records.append(record)
