@@ -153,6 +153,7 @@ def _draw_by_k(records, path, label: str) -> None:
     panel.set_xscale("log", base=2)
     ticks = sorted({_top_k(r["shape"]) for r in mine})
     panel.set_xticks(ticks, [str(k) for k in ticks])
+    panel.margins(y=0.1)
     panel.set_ylim(bottom=0)
   _legend(figure)
   _save(figure, path)
