@@ -105,7 +105,8 @@ def layers_table(records: Sequence[Record]) -> str:
     row.append(f"{mine['of_dense']:.2f}" if "of_dense" in mine else "")
     for name in others:
       theirs = steps.get((shape, name), {})
-      row.append(f"{theirs['times_ours']:.2f}" if theirs else "")
+      faster = theirs.get("times_ours")
+      row.append(f"{faster:.2f}" if faster else "")
     for name in ("scattermoe_jax", *others):
       step = steps.get((shape, name))
       row.append(f"{step['peak_mib']:.0f} MiB" if step else "")
