@@ -69,9 +69,10 @@ def current_device() -> Device:
   if device.platform != "gpu":
     return Device(device.platform, device.device_kind)
   capability = getattr(device, "compute_capability", None)
-  if capability is not None:
-    major, _, minor = str(capability).partition(".")
-    capability = (int(major), int(minor or 0))
+  major, _, minor = str(capability).partition(".")
+  # AMD's are names, like gfx942.
+  is_number = major.isdigit() and (minor or "0").isdigit()
+  capability = (int(major), int(minor or 0)) if is_number else None
   return Device(
     "gpu", device.device_kind, capability, getattr(device, "core_count", None)
   )
