@@ -7,6 +7,7 @@ interpreted on another.
 
 import importlib.util
 import os
+import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -68,11 +69,11 @@ def current_device() -> Device:
     device = jax.devices(device)[0]
   if device.platform != "gpu":
     return Device(device.platform, device.device_kind)
-  capability = getattr(device, "compute_capability", None)
-  major, _, minor = str(capability).partition(".")
   # AMD's are names, like gfx942.
-  is_number = major.isdigit() and (minor or "0").isdigit()
-  capability = (int(major), int(minor or 0)) if is_number else None
+  found = re.fullmatch(
+    r"(\d+)(?:\.(\d+))?", str(getattr(device, "compute_capability", None))
+  )
+  capability = (int(found[1]), int(found[2] or 0)) if found else None
   return Device(
     "gpu", device.device_kind, capability, getattr(device, "core_count", None)
   )

@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import warnings
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -135,3 +136,15 @@ def test_the_table_in_the_docs_is_what_the_code_answers():
   assert (DOCS / "dispatch.md").read_text() == make_dispatch.table(), (
     "run: python docs/make_dispatch.py"
   )
+
+
+@pytest.mark.parametrize(
+  ("written", "capability"),
+  [("9.0", (9, 0)), ("8", (8, 0)), ("gfx942", None), (None, None)],
+)
+def test_the_capability_is_cudas_or_none(monkeypatch, written, capability):
+  device = SimpleNamespace(
+    platform="gpu", device_kind="a GPU", compute_capability=written
+  )
+  monkeypatch.setattr(jax, "devices", lambda *_: [device])
+  assert _compat.current_device() == _compat.Device("gpu", "a GPU", capability)
