@@ -206,11 +206,14 @@ def _counting_sort(flat_ids: Int[Array, " S"], num_experts: int) -> _Sorted:
 
 def _inverse(permutation: Int[Array, " S"]) -> Int[Array, " S"]:
   rows = jnp.arange(permutation.shape[0], dtype=jnp.int32)
-  # Every place is written. Unsigned ids are not looked through for negatives.
+  # Every place is written.
   inverse = lax.empty(rows.shape, rows.dtype)
   inverse = vary_over(inverse, varying_axes(permutation))
-  return inverse.at[permutation.astype(jnp.uint32)].set(
-    rows, mode="promise_in_bounds", unique_indices=True
+  return inverse.at[permutation].set(
+    rows,
+    mode="promise_in_bounds",
+    unique_indices=True,
+    wrap_negative_indices=False,
   )
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from scattermoe_jax.kernels.schedule import (
   max_tiles,
+  places_in_windows,
   tile_schedule,
-  window_of_rows,
   window_schedule,
 )
 
@@ -26,7 +26,8 @@ def windows_of(group_sizes, expert_of_row, block_m, align):
   """The windows, and (window, place) of each row."""
   num_rows = expert_of_row.shape[0]
   windows = window_schedule(group_sizes, num_rows, block_m, align)
-  return windows, window_of_rows(expert_of_row, group_sizes, block_m, align)
+  places = places_in_windows(expert_of_row, group_sizes, block_m, align)
+  return windows, jnp.divmod(places, block_m)
 
 
 GROUP_SIZES = st.lists(st.integers(0, 20), min_size=6, max_size=6)

@@ -126,13 +126,13 @@ def window_schedule(
   return _windows(groups, length, block_m)
 
 
-def window_of_rows(
+def places_in_windows(
   expert_ids: Int[Array, " S"],
   group_sizes: Int[Array, " E"],
   block_m: int,
   align: int = 1,
-) -> tuple[Int[Array, " S"], Int[Array, " S"]]:
-  """Returns the window that holds each grouped row, and its place in there.
+) -> Int[Array, " S"]:
+  """Returns the place of each grouped row, counting all rows of all windows.
 
   Args:
     expert_ids: expert of each grouped row, ascending; E for none.
@@ -143,11 +143,8 @@ def window_of_rows(
   num_rows = expert_ids.shape[0]
   num_groups = group_sizes.shape[0] + 1
   groups = _groups(group_sizes, num_rows, block_m, align, num_groups)
-  places = jnp.arange(num_rows, dtype=jnp.int32) - take_rows(
-    groups.aligned, expert_ids
-  )
-  windows = take_rows(groups.first_tiles, expert_ids) + places // block_m
-  return windows, places % block_m
+  before = groups.first_tiles * block_m - groups.aligned
+  return jnp.arange(num_rows, dtype=jnp.int32) + take_rows(before, expert_ids)
 
 
 def sum_where(

@@ -49,6 +49,13 @@ def sum_choices(
   return jnp.sum(choices, axis=1, dtype=wide).astype(rows.dtype)
 
 
+def gates_of_rows(
+  gates: Float[Array, "T k"], routing: Routing
+) -> Float[Array, " S"]:
+  """Returns the gate of each grouped row."""
+  return take_rows(gates.reshape(-1), routing.scattered_ids)
+
+
 def weigh_choices(
   y: Float[Array, "S d"], gates: Float[Array, "T k"], routing: Routing
 ) -> Float[Array, "T d"]:
@@ -75,7 +82,7 @@ def _combine_bwd(residuals, dout):
   wide = accumulator_dtype(y.dtype)
   # A gather by the inverse permutation, where autodiff would scatter and add.
   tokens = input_rows(routing, routing.num_tokens, grouped=False)
-  row_gates = take_rows(gates.reshape(-1), routing.scattered_ids).astype(wide)
+  row_gates = gates_of_rows(gates, routing).astype(wide)
   dy = (row_gates[:, None] * take_rows(dout, tokens).astype(wide)).astype(
     y.dtype
   )

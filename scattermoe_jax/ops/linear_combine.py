@@ -13,10 +13,11 @@ from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels import choose_backend
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import get_activation
-from scattermoe_jax.ops.combine import weigh_choices
+from scattermoe_jax.ops.combine import gates_of_rows, weigh_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.parallel_linear import linear_problems
 from scattermoe_jax.ops.placement import check_placement
+from scattermoe_jax.ops.rows import group_rows, ungroup_rows
 from scattermoe_jax.routing import Routing, take_rows
 
 
@@ -114,8 +115,8 @@ def _bwd(static, residuals, dy):
   dx, weighted_x, row_dgates = backend.down_projection_grad(
     dy,
     w,
-    x if grouped_in else take_rows(x, routing.scattered_ids),
-    take_rows(gates.reshape(-1), routing.scattered_ids),
+    x if grouped_in else group_rows(x, routing),
+    gates_of_rows(gates, routing),
     routing,
     activation=get_activation("identity", gated=False),
     precision=precision,
@@ -124,7 +125,7 @@ def _bwd(static, residuals, dy):
     weighted_x, dy, routing, x_grouped=True, precision=precision
   )
   if not grouped_in:
-    dx = take_rows(dx, routing.grouped_ids.reshape(-1))
+    dx = ungroup_rows(dx, routing)
   # Whatever a row of x holds that is not here, its gate has no gradient.
   here = routing.expert_ids < routing.num_experts
   row_dgates = jnp.where(here, row_dgates, jnp.zeros_like(row_dgates))

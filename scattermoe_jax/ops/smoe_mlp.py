@@ -20,7 +20,11 @@ from scattermoe_jax.kernels import (
 )
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import Activation, get_activation
-from scattermoe_jax.ops.combine import sum_choices, weigh_choices
+from scattermoe_jax.ops.combine import (
+  gates_of_rows,
+  sum_choices,
+  weigh_choices,
+)
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.parallel_linear import bias_grad, linear_problems
 from scattermoe_jax.ops.placement import check_placement
@@ -165,7 +169,7 @@ def _bwd(static, residuals, dy):
   x, h, gates, w_in, w_out, bias_in, bias_out, routing = residuals
   # What the backward makes of gates is not made, and held, in the forward.
   gates, dy = lax.optimization_barrier((gates, dy))
-  row_gates = take_rows(gates.reshape(-1), routing.scattered_ids)
+  row_gates = gates_of_rows(gates, routing)
   # da' = dy w_out^T; dgates = <da', a>; dh = (gates da') f'(h)
   dh, weighted_a, row_dgates = backend.down_projection_grad(
     dy,

@@ -21,7 +21,7 @@ from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels import composed
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Columns, Problem
-from scattermoe_jax.kernels.schedule import window_of_rows
+from scattermoe_jax.kernels.schedule import places_in_windows
 from scattermoe_jax.kernels.tuning import tuned_config
 from scattermoe_jax.routing import Routing, take_rows
 
@@ -244,7 +244,7 @@ def _differentiate(dy, w, h, gates, routing, *, plan, activation):
     dh, weighted_a, sums = grouped_matmul.multiply(
       _pad(dy, 1), _pad(w, 2), routing, epilogue, plan
     )
-    window, place = window_of_rows(
+    places = places_in_windows(
       routing.expert_ids,
       routing.group_sizes,
       plan.config.block_m,
@@ -252,7 +252,7 @@ def _differentiate(dy, w, h, gates, routing, *, plan, activation):
     )
     # One partial sum for each tile of columns, added in one order.
     sums = jnp.sum(sums, axis=1).reshape(-1)
-    return dh, weighted_a, take_rows(sums, window * plan.config.block_m + place)
+    return dh, weighted_a, take_rows(sums, places)
 
   return run(dy, w, h, gates, routing)
 
