@@ -462,8 +462,8 @@ def measured(
     }
     if "dense" in taken:
       record["of_dense"] = taken["dense"].ms_median / took.ms_median
-    if IMPLEMENTATIONS[0] in taken:
-      ours = taken[IMPLEMENTATIONS[0]].ms_median
+    if "scattermoe_jax" in taken:
+      ours = taken["scattermoe_jax"].ms_median
       record["times_ours"] = took.ms_median / ours
     if step.note:
       record["note"] = step.note

@@ -12,7 +12,8 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from benchmarks import figures
@@ -33,7 +34,8 @@ _BEGIN, _END = "<!-- begin speed -->", "<!-- end speed -->"
 _TITLE = """# How fast
 
 Written by `python -m benchmarks.report --readme` from the records in
-`benchmarks/results`, each with the command that made it.
+`benchmarks/results`, each with the command that made it. How many times faster
+one is than another was read within one run; times beside it may be of another.
 """
 # Of the columns of times.
 _IN_TURN = ("scattermoe_jax", "dense", *PEERS)
@@ -272,14 +274,14 @@ class Section(NamedTuple):
     bench: the benchmark.
     table: makes the table.
     device: where the records were made.
-    implementations: of which it is; None for all.
+    only: by field, the values of records that it is of.
     in_readme: whether the README shows it, or of which shapes.
   """
 
   bench: str
   table: Callable[[Sequence[Record]], str]
   device: str = "h200"
-  implementations: Sequence[str] | None = None
+  only: Mapping[str, Sequence[str]] = MappingProxyType({})
   in_readme: Sequence[str] | bool = False
 
   def text(self, shapes: Sequence[str] | None = None) -> str:
@@ -288,17 +290,24 @@ class Section(NamedTuple):
       r
       for r in load(self.device, self.bench)
       if shapes is None or r.get("shape") in shapes
-      if self.implementations is None
-      or r["implementation"] in self.implementations
+      if all(r[field] in values for field, values in self.only.items())
     ]
     made = self.table(records) if records else ""
     return f"{made}\n\n{_made_by(records)}" if made else ""
 
 
 SECTIONS = (
-  Section("bench_mlp", layers_table, in_readme=("C1", "C2", "C3")),
   Section(
-    "bench_ops", ops_table, implementations=("mosaic",), in_readme=("L", "S")
+    "bench_mlp",
+    layers_table,
+    only={"direction": ("forward+backward",)},
+    in_readme=("C1", "C2", "C3"),
+  ),
+  Section(
+    "bench_ops",
+    ops_table,
+    only={"implementation": ("mosaic",)},
+    in_readme=("L", "S"),
   ),
   Section("bench_attention", attention_table, in_readme=("k8",)),
   Section("train_attention", learning_line, device="cpu", in_readme=True),
@@ -313,7 +322,11 @@ SECTIONS = (
   ),
   Section("bench_train", train_table),
   Section("bench_decode", decode_table),
-  Section("bench_ops", triton_table, implementations=("triton", "scattermoe")),
+  Section(
+    "bench_ops",
+    triton_table,
+    only={"implementation": ("triton", "scattermoe")},
+  ),
   Section("bench_xla", xla_table),
   Section("bench_cpu", cpu_table, device="cpu"),
 )

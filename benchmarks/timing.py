@@ -4,9 +4,10 @@ Device time: a sample is many calls dispatched without waiting, between two
 waits, divided by their number, so that Python's own time hides behind the
 device's. Variants take turns, sample by sample and in a shuffled order: clocks
 drift, and a card at its power limit drifts most, but for all of them alike. A
-sample is long enough to have its own clock: in samples of one call of 8 ms each
-variant ran at the clock that the one before had left, and a ratio of 1.27
-between two that ran alone was read as 1.07 (docs/kernels.md).
+sample is long enough to have its own clock, unless `max_calls` ends it: in
+samples of one call of 8 ms each variant ran at the clock that the one before
+had left, and a ratio of 1.27 between two that ran alone was read as 1.07
+(docs/kernels.md).
 
 Caches: calls follow one another, so an operand smaller than the L2 cache (50 MB
 on an H200) is found there. Where the caller would find it cold, pass `flush`.
