@@ -13,7 +13,9 @@ billion parameters, 8 texts of 2048 tokens, bfloat16 with weights in float32.
 `mfu` is the FLOPs that the model asks for (nothing recomputed counts, half of
 the attention scores) over what the card does in that time at the rate of a
 dense product measured before, 8192 cubed. Losses of the first step of the
-mixtures must agree before a time is printed.
+mixtures must agree before a time is printed. The rate of learning is near zero,
+so that the routing stays what random weights make it; `busiest_expert` is the
+load of the fullest expert of any layer over the mean.
 """
 
 import argparse
@@ -52,6 +54,7 @@ _TINY = dataclasses.replace(
   _MODEL, vocab_size=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=2,
   head_dim=16, d_expert=64,
 )  # fmt: skip
+_LEARNING_RATE = 1e-7
 # Of losses of one model by two backends.
 _AGREEMENT = 0.01
 
@@ -105,7 +108,9 @@ def run(
     steps: how many are timed.
     rate: FLOP/s of a dense product.
   """
-  train = training.TrainConfig(batch_size=batch, sequence_length=length)
+  train = training.TrainConfig(
+    batch_size=batch, sequence_length=length, learning_rate=_LEARNING_RATE
+  )
   optimizer = training.make_optimizer(train)
   tokens = jnp.asarray(
     np.random.default_rng(0).integers(
@@ -129,8 +134,7 @@ def run(
     print(
       f"{name}: compiled by {time.perf_counter() - start:.1f} s", flush=True
     )
-    state, loss, times = _train(step, _filled(states[name]), tokens, steps)
-    del state
+    metrics, times = _train(step, _filled(states[name]), tokens, steps)
     memory = step.memory_analysis()
     took = timing.summary(times)
     flops = model_flops(models[name].config, batch, length)
@@ -147,7 +151,8 @@ def run(
         "dense_tflops": rate / 1e12,
         "peak_mib": (arguments + memory.temp_size_in_bytes) / 2**20,
         "state_mib": arguments / 2**20,
-        "first_loss": loss,
+        "first_loss": float(metrics.loss),
+        "busiest_expert": _busiest(metrics),
       }
     )
     _check(records)
@@ -191,16 +196,24 @@ def _normal(seed, shape, dtype):
 
 
 def _train(step, state, tokens, steps: int):
-  """Returns the last state, the first loss, and ms of each step."""
-  state, metrics = step(state, tokens)
-  loss = float(metrics.loss)
+  """Returns what the first step reports, and ms of each step after it."""
+  state, first = jax.block_until_ready(step(state, tokens))
   times = []
   for _ in range(steps):
     start = time.perf_counter()
     state, metrics = step(state, tokens)
     jax.block_until_ready(metrics)
     times.append((time.perf_counter() - start) * 1e3)
-  return state, loss, times
+  return first, times
+
+
+def _busiest(metrics: training.StepMetrics) -> float | None:
+  """Returns the largest load of an expert over the mean; None without any."""
+  ffn = metrics.routers.ffn
+  if ffn is None:
+    return None
+  loads = np.asarray(ffn.tokens_per_expert)
+  return float(loads.max() / loads.mean())
 
 
 def _check(records: Sequence[dict[str, Any]]) -> None:
@@ -215,7 +228,7 @@ def _line(r: dict[str, Any]) -> str:
     f"{r['ms_median']:8.1f} ms [{r['ms_p20']:.1f}, {r['ms_p80']:.1f}] "
     f"{r['tokens_per_s']:9.0f} tokens/s  {r['model_tflops']:6.1f} TFLOP/s  "
     f"{r['mfu']:.3f} of dense  peak {r['peak_mib']:.0f} MiB  "
-    f"loss {r['first_loss']:.4f}"
+    f"loss {r['first_loss']:.4f}  busiest expert {r['busiest_expert'] or 1:.2f}"
   )
 
 

@@ -240,6 +240,14 @@ def test_bench_train_trains_and_records():
   for field in ("ms_median", "tokens_per_s", "mfu", "peak_mib", "first_loss"):
     assert record[field] > 0, field
   assert record["state_mib"] > 3 * record["params"] * 4 / 2**20
+  assert record["busiest_expert"] is None, "a dense MLP has no experts"
+
+
+@pytest.mark.usefixtures("lenient")
+def test_bench_train_says_how_uneven_the_routing_is():
+  arguments = ["--tiny", "--batch", "2", "--length", "16", "--steps", "1"]
+  [record] = bench_train.main([*arguments, "--variants", "xla"])
+  assert 1 < record["busiest_expert"] < bench_train._TINY.num_experts
 
 
 def test_bench_train_starts_from_small_weights_and_unit_scales():

@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from scattermoe_jax.kernels.mosaic.grouped_xty import group_xty
+from scattermoe_jax.kernels.mosaic.tickets import RING
 
 ROWS = 64
 
@@ -124,6 +125,19 @@ def test_group_xty_gathering_x_equals_oracle():
   truth = oracle.group_xty(x, y, IDS, EXPERTS, y_grouped=True)
   assert_accurate(got, truth, xla.group_xty(x, y, routing, y_grouped=True))
   assert not np.any(np.asarray(got[2], np.float32)), "an expert of no rows"
+
+
+@pytest.mark.timeout(200)  # It hung.
+def test_group_xty_passes_many_experts_without_rows():
+  # One block, more tiles in turn without rows than it may draw ahead.
+  num_experts = 2 * RING
+  x, y = operands(False, True, 64, 64)
+  ids = np.full_like(IDS, 5)
+  routing = route(jnp.asarray(ids), num_experts)
+  config = TileConfig(128, 64, num_stages=3, num_sms=1)
+  got = interpreted(x, y, routing, config, y_grouped=True)
+  truth = oracle.group_xty(x, y, ids, num_experts, y_grouped=True)
+  assert_accurate(got, truth, xla.group_xty(x, y, routing, y_grouped=True))
 
 
 def test_group_xty_gathering_y_keeps_a_neighbours_nan_out():
@@ -228,6 +242,18 @@ def test_group_xty_on_gpu_equals_xla(case, dtype):
     truth = xla.group_xty(*wide, **layout, precision=lax.Precision.HIGHEST)
     baseline = xla.group_xty(x, y, routing, **layout)
     assert_accurate(got, truth, baseline, err_msg=str(layout))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(200)  # It hung.
+def test_group_xty_on_gpu_passes_many_experts_without_rows():
+  num_experts = 512
+  ids = np.full((2048, 2), 5)
+  routing = route(jnp.asarray(ids), num_experts)
+  x, y = operands(False, True, 512, 512, ids)
+  got = on_gpu(x, y, routing, y_grouped=True)
+  truth = oracle.group_xty(x, y, ids, num_experts, y_grouped=True)
+  assert_accurate(got, truth, xla.group_xty(x, y, routing, y_grouped=True))
 
 
 @pytest.mark.gpu

@@ -230,8 +230,8 @@ def _load_tiles(plan, ops, queue, groups, left, right, ids, scratch):
   for i in range(tickets.AHEAD):
     draw(jnp.int32(i))
   zero, first = jnp.int32(0), tile(0)
-  _, num_steps, *_ = lax.while_loop(
-    lambda carry: carry[2].number < plan.num_tiles,
+  i, num_steps, t, _, after = lax.while_loop(
+    lambda carry: (carry[2].number < plan.num_tiles) & (carry[2].num_steps > 0),
     load_tile,
     (zero, zero, first, row_ids(first, 0), tile(1)),
   )
@@ -242,6 +242,17 @@ def _load_tiles(plan, ops, queue, groups, left, right, ids, scratch):
     def _(behind=behind):
       ops.wait(behind - 1)
       plgpu.barrier_arrive(full.at[lax.rem(num_steps - behind, stages)])
+
+  # The tiles without rows are the last, and are drawn once all is announced:
+  # a full ring waits for who may be waiting for that.
+  def pass_tile(carry):
+    i, _, after = carry
+    draw(i + tickets.AHEAD)
+    return i + 1, after, tile(i + 2)
+
+  lax.while_loop(
+    lambda carry: carry[1].number < plan.num_tiles, pass_tile, (i, t, after)
+  )
 
   # See every release before leaving: an arrival needs its barrier.
   for i in range(stages):
