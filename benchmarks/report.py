@@ -89,12 +89,14 @@ def triton_table(records: Sequence[Record]) -> str:
   return _table([*header, "times faster than scattermoe"], rows)
 
 
-def layers_table(records: Sequence[Record]) -> str:
-  """Returns a training step of each layer, beside dense products and peers."""
+def layers_table(
+  records: Sequence[Record], direction: str = "forward+backward"
+) -> str:
+  """Returns a step of each layer, beside dense products and peers."""
   steps = {
     (r["shape"], r["implementation"]): r
     for r in records
-    if r["direction"] == "forward+backward" and r["routing"] == "random"
+    if r["direction"] == direction and r["routing"] == "random"
   }
   there = dict.fromkeys(name for _, name in steps)
   others = [name for name in PEERS if name in there]
@@ -113,7 +115,7 @@ def layers_table(records: Sequence[Record]) -> str:
       step = steps.get((shape, name))
       row.append(f"{step['peak_mib']:.0f} MiB" if step else "")
     rows.append(row)
-  header = ["forward and backward", "time", "of dense products"]
+  header = [direction.replace("+", " and "), "time", "of dense products"]
   header += [f"times faster than {name}" for name in others]
   header += ["peak", *(f"peak of {name}" for name in others)]
   return _table(header, rows)
@@ -150,12 +152,14 @@ def attention_table(records: Sequence[Record]) -> str:
       f"{r['ms_median']:.2f} ms",
       f"{r['speed_over_dense']:.2f}",
       f"{r['speed_over_regroup']:.2f}",
+      f"{fused:.2f}" if (fused := r.get("speed_over_regroup_fused")) else "",
     ]
     for r in records
     if r["implementation"] == "moa"
   ]
   header = ["mixture of attention, 32 active heads", "time"]
   header += ["times faster than dense heads", "than regrouping"]
+  header += ["than regrouping by a fused gather"]
   return _table(header, rows)
 
 
@@ -200,7 +204,7 @@ def train_table(records: Sequence[Record]) -> str:
     of_dense = r["tokens_per_s"] / dense.get(r["model"], float("inf"))
     rows.append(
       [
-        f"{r['model']}, {r['variant']}",
+        f"{_trained(r['variant'])}, {r['model']}",
         f"{r['params'] / 1e9:.2f} B",
         f"{r['ms_median']:.0f} ms",
         f"{r['tokens_per_s']:.0f}",
@@ -212,6 +216,10 @@ def train_table(records: Sequence[Record]) -> str:
   header = ["training a model", "parameters", "step", "tokens/s"]
   header += ["of the dense model's", "model FLOPs of the dense rate", "peak"]
   return _table(header, rows)
+
+
+def _trained(variant: str) -> str:
+  return "a dense MLP" if variant == "dense" else f"a mixture by {variant}"
 
 
 def decode_table(records: Sequence[Record]) -> str:
@@ -304,6 +312,11 @@ SECTIONS = (
     in_readme=("C1", "C2", "C3"),
   ),
   Section(
+    "bench_mlp",
+    functools.partial(layers_table, direction="forward"),
+    only={"direction": ("forward",)},
+  ),
+  Section(
     "bench_ops",
     ops_table,
     only={"implementation": ("mosaic",)},
@@ -320,7 +333,7 @@ SECTIONS = (
     "bench_sparsity",
     functools.partial(by_k_table, title="more of 64 experts"),
   ),
-  Section("bench_train", train_table),
+  Section("bench_train", train_table, in_readme=True),
   Section("bench_decode", decode_table),
   Section(
     "bench_ops",

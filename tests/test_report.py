@@ -56,6 +56,15 @@ def test_layers_table_compares_within_a_run():
   assert "| 11.00 ms | 0.90 | 1.20 | 2.50 |" in row
 
 
+def test_layers_table_is_of_one_direction():
+  records = layer_records(["C1"])
+  for r in records:
+    r["ms_median"] *= 1 if r["direction"] == "forward" else 3
+  header, _, row = report.layers_table(records, "forward").splitlines()
+  assert header.startswith("| forward | time ")
+  assert "| 10.00 ms |" in row
+
+
 def test_layers_table_without_a_step_is_nothing():
   forward = [r for r in layer_records(["C1"]) if r["direction"] == "forward"]
   assert report.layers_table(forward) == ""
