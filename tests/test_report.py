@@ -156,10 +156,10 @@ def test_train_table_is_beside_the_dense_model():
   other = mixture | {"model": "d=8 layers=4"}
   table = report.train_table([mixture, dense, other])
   first, second, third = table.splitlines()[2:]
-  row = "| d=8 layers=2, {} | 0.50 B | 100 ms | {} | {} | 0.50 | 2.0 GiB |"
-  assert first == row.format("mosaic", 150, "0.75")
-  assert second == row.format("dense", 200, "1.00")
-  assert third == row.format("mosaic", 150, "").replace("=2", "=4")
+  row = "| {}, d=8 layers=2 | 0.50 B | 100 ms | {} | {} | 0.50 | 2.0 GiB |"
+  assert first == row.format("a mixture by mosaic", 150, "0.75")
+  assert second == row.format("a dense MLP", 200, "1.00")
+  assert third == row.format("a mixture by mosaic", 150, "").replace("=2", "=4")
 
 
 def made_here(records):
