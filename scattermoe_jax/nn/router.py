@@ -22,6 +22,9 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Real
 
+from scattermoe_jax._compat import current_device
+from scattermoe_jax.ops.split_dot import is_faster_on, split_dot
+
 Scoring = Literal[
   "softmax_top_k", "softmax_top_k_renormalized", "top_k_softmax", "sigmoid"
 ]
@@ -48,6 +51,8 @@ class Router(nn.Module):
 
   The logits are computed and kept in float32 whatever the dtype of the tokens:
   rounding them in bfloat16, or multiplying them in TF32, changes who is chosen.
+  On a GPU, bfloat16 tokens meet a float32 kernel by `split_dot`, which is as
+  exact and several times as fast.
 
   Attributes:
     num_experts: E.
@@ -96,9 +101,8 @@ class Router(nn.Module):
     """Returns the gates, the experts, the logits and the probabilities of x."""
     self._check_fields()
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    x = x.astype(wide)
     if self.jitter and not deterministic:
-      x *= jax.random.uniform(
+      x = x.astype(wide) * jax.random.uniform(
         self.make_rng("router"),
         x.shape,
         wide,
@@ -111,14 +115,7 @@ class Router(nn.Module):
       (x.shape[1], self.num_experts),
       self.param_dtype,
     )
-    dtype = self.dtype or wide
-    logits = lax.dot_general(
-      x.astype(dtype),
-      kernel.astype(dtype),
-      (((1,), (0,)), ((), ())),
-      precision=self.precision,
-      preferred_element_type=wide,
-    )
+    logits = self._linear(x, kernel, wide)
     if self.use_bias:
       bias = self.param(
         "bias", self.bias_init, (self.num_experts,), self.param_dtype
@@ -126,6 +123,26 @@ class Router(nn.Module):
       logits += bias.astype(wide)[None, :]
     gates, expert_ids, probs = self._choose(logits)
     return RouterOutput(gates * self.scale, expert_ids, logits, probs)
+
+  def _linear(self, x, kernel, wide):
+    is_exact = (
+      self.dtype in (None, jnp.float32)
+      and self.precision == lax.Precision.HIGHEST
+    )
+    if (
+      is_exact
+      and (x.dtype, kernel.dtype) == (jnp.bfloat16, jnp.float32)
+      and is_faster_on(current_device())
+    ):
+      return split_dot(x, kernel)
+    dtype = self.dtype or wide
+    return lax.dot_general(
+      x.astype(dtype),
+      kernel.astype(dtype),
+      (((1,), (0,)), ((), ())),
+      precision=self.precision,
+      preferred_element_type=wide,
+    )
 
   def _choose(self, logits):
     if self.scoring == "top_k_softmax":

@@ -227,8 +227,8 @@ def _load_tiles(plan, ops, queue, groups, left, right, ids, scratch):
     step, _ = lax.fori_loop(0, t.num_steps, load_step, (step, ids))
     return i + 1, step, after, next_ids, after_next
 
-  for i in range(tickets.AHEAD):
-    draw(jnp.int32(i))
+  for turn in range(tickets.AHEAD):
+    draw(jnp.int32(turn))
   zero, first = jnp.int32(0), tile(0)
   i, num_steps, t, _, after = lax.while_loop(
     lambda carry: (carry[2].number < plan.num_tiles) & (carry[2].num_steps > 0),
@@ -255,11 +255,11 @@ def _load_tiles(plan, ops, queue, groups, left, right, ids, scratch):
   )
 
   # See every release before leaving: an arrival needs its barrier.
-  for i in range(stages):
+  for s in range(stages):
 
-    @pl.when(num_steps > i)
-    def _(i=i):
-      slot = lax.rem(jnp.maximum(num_steps - stages, 0) + i, stages)
+    @pl.when(num_steps > s)
+    def _(s=s):
+      slot = lax.rem(jnp.maximum(num_steps - stages, 0) + s, stages)
       plgpu.barrier_wait(empty.at[slot])
 
 
