@@ -246,6 +246,22 @@ def cpu_table(records: Sequence[Record]) -> str:
   )
 
 
+def router_table(records: Sequence[Record]) -> str:
+  """Returns what a router takes, and what it would with float32 products."""
+  rows = [
+    [
+      _described(r["shape"]),
+      f"{r['ms_median']:.2f} ms",
+      f"{r['of_bytes_bound']:.2f}",
+      f"{r['times_faster']:.1f}",
+    ]
+    for r in records
+    if r["implementation"] == "split"
+  ]
+  header = ["a router, forward and backward", "time", "of the bytes bound"]
+  return _table([*header, "times faster than in float32"], rows)
+
+
 def xla_table(records: Sequence[Record]) -> str:
   """Returns the plain backend on a GPU beside `jax.lax.ragged_dot`."""
   rows = [
@@ -334,6 +350,7 @@ SECTIONS = (
     functools.partial(by_k_table, title="more of 64 experts"),
   ),
   Section("bench_train", train_table, in_readme=True),
+  Section("bench_router", router_table),
   Section("bench_decode", decode_table),
   Section(
     "bench_ops",
