@@ -336,10 +336,9 @@ SECTIONS = (
     "bench_ops",
     ops_table,
     only={"implementation": ("mosaic",)},
-    in_readme=("L", "S"),
   ),
   Section("bench_attention", attention_table, in_readme=("k8",)),
-  Section("train_attention", learning_line, device="cpu", in_readme=True),
+  Section("train_attention", learning_line, device="cpu"),
   Section("bench_memory", memory_table),
   Section(
     "bench_granularity",
