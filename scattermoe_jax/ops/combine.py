@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels import accumulator_dtype
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.derivatives import first_derivative_only
+from scattermoe_jax.ops.operands import as_operands
 from scattermoe_jax.routing import Routing, input_rows, take_rows
 
 
@@ -36,7 +36,7 @@ def combine(
   checks.check_rows("combine", y, routing, grouped=True, name="y")
   checks.check_gates("combine", gates, routing)
   checks.check_dtypes("combine", y)
-  y, gates = vary_over((y, gates), varying_axes(y, gates, routing))
+  (y, gates), routing = as_operands((y, gates), routing)
   return _combine(y, gates, routing)
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels import choose_backend
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import get_activation
 from scattermoe_jax.ops.combine import gates_of_rows, weigh_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
+from scattermoe_jax.ops.operands import as_operands
 from scattermoe_jax.ops.parallel_linear import linear_problems
 from scattermoe_jax.ops.placement import check_placement
 from scattermoe_jax.ops.rows import group_rows, ungroup_rows
@@ -73,8 +73,8 @@ def linear_combine(
   backend = choose_backend(
     linear_problems(routing, w, jnp.result_type(x)), implementation
   )
+  (x, gates, w), routing = as_operands((x, gates, w), routing)
   routing = check_placement("linear_combine", backend, routing)
-  x, gates, w = vary_over((x, gates, w), varying_axes(x, gates, w, routing))
   static = _Static(backend, grouped_in, precision)
   return _linear_combine(static, x, gates, w, routing)
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from scattermoe_jax._compat import current_device, vary_over, varying_axes
+from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels import Problem, choose_backend
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.combine import sum_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
+from scattermoe_jax.ops.operands import as_operands
 from scattermoe_jax.ops.placement import check_placement
 from scattermoe_jax.routing import Routing
 
@@ -69,8 +70,8 @@ def parallel_linear(
     linear_problems(routing, w, jnp.result_type(x)), implementation
   )
   static = _Static(backend, grouped_in, grouped_out, precision)
+  (x, w, bias), routing = as_operands((x, w, bias), routing)
   routing = check_placement("parallel_linear", backend, routing)
-  x, w, bias = vary_over((x, w, bias), varying_axes(x, w, bias, routing))
   return _parallel_linear(static, x, w, bias, routing)
 
 

@@ -26,6 +26,7 @@ from scattermoe_jax.ops.combine import (
   weigh_choices,
 )
 from scattermoe_jax.ops.derivatives import first_derivative_only
+from scattermoe_jax.ops.operands import as_operands
 from scattermoe_jax.ops.parallel_linear import bias_grad, linear_problems
 from scattermoe_jax.ops.placement import check_placement
 from scattermoe_jax.routing import Routing, take_rows
@@ -105,9 +106,9 @@ def smoe_mlp(
   )
   activation = get_activation(activation, gated=gated)
   static = _Static(backend, activation, num_chunks, precision)
-  routing = check_placement("smoe_mlp", backend, routing)
   operands = (x, gates, w_in, w_out, bias_in, bias_out)
-  operands = vary_over(operands, varying_axes(operands, routing))
+  operands, routing = as_operands(operands, routing)
+  routing = check_placement("smoe_mlp", backend, routing)
   return _smoe_mlp(static, *operands, routing)
 
 
