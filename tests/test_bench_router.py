@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import bench_router, report
+from benchmarks import bench_router, tables
 from benchmarks.shapes import SHAPES
 
 SAMPLING = {"bandwidth": 1e9, "samples": 2, "sample_ms": 1.0}
@@ -15,7 +15,7 @@ def test_bench_router_checks_and_records():
   for r in records:
     bound_ms = 3 * 48 * 64 * 2 / 1e9 * 1e3
     assert r["of_bytes_bound"] == pytest.approx(bound_ms / r["ms_median"])
-  table = report.router_table(records)
+  table = tables.router(records)
   assert "T=48 d=64 n=32 E=4 k=2" in table and len(table.splitlines()) == 3
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import figures, report, shapes, timing
+from benchmarks import figures, report, shapes, tables, timing
 
 pytest.importorskip("matplotlib")
 
@@ -37,7 +37,7 @@ def layer_records(names):
 
 
 def test_layers_table_says_how_much_faster_than_whom():
-  header, _, row = report.layers_table(layer_records(["C1"])).splitlines()
+  header, _, row = tables.layers(layer_records(["C1"])).splitlines()
   assert header.endswith(
     "times faster than sonicmoe | times faster than scattermoe "
     "| peak | peak of sonicmoe | peak of scattermoe |"
@@ -52,7 +52,7 @@ def test_layers_table_compares_within_a_run():
   for r in records:
     if r["implementation"] == "scattermoe_jax":
       r["ms_median"] = 11.0  # Measured again, on a warmer day.
-  row = report.layers_table(records).splitlines()[-1]
+  row = tables.layers(records).splitlines()[-1]
   assert "| 11.00 ms | 0.90 | 1.20 | 2.50 |" in row
 
 
@@ -60,20 +60,20 @@ def test_layers_table_is_of_one_direction():
   records = layer_records(["C1"])
   for r in records:
     r["ms_median"] *= 1 if r["direction"] == "forward" else 3
-  header, _, row = report.layers_table(records, "forward").splitlines()
+  header, _, row = tables.layers(records, "forward").splitlines()
   assert header.startswith("| forward | time ")
   assert "| 10.00 ms |" in row
 
 
 def test_layers_table_without_a_step_is_nothing():
   forward = [r for r in layer_records(["C1"]) if r["direction"] == "forward"]
-  assert report.layers_table(forward) == ""
+  assert tables.layers(forward) == ""
 
 
 def test_learning_line_names_every_attention():
   runs = [("dense", 2.0694), ("mixture", 2.1036)]
   records = [{"label": n, "validation_bits": bits} for n, bits in runs]
-  line = report.learning_line(records)
+  line = tables.learning(records)
   assert line.endswith("parameters: dense 2.069; mixture 2.104.")
 
 
@@ -81,7 +81,7 @@ def test_memory_table_says_what_is_saved_and_what_it_costs():
   [record] = [
     r for r in layer_records(["C1"])[4:] if r["implementation"] == "sonicmoe"
   ]
-  table = report.memory_table([record | {"implementation": "keep_h"}])
+  table = tables.memory([record | {"implementation": "keep_h"}])
   last = table.splitlines()[-1]
   assert last.startswith("| C1: T=24576")
   assert last.endswith(
@@ -110,7 +110,7 @@ def test_by_k_table_has_a_row_for_each_k_and_a_column_for_each_time():
     if (r["shape"], r["implementation"]) != ("E64_k1", "sonicmoe")
     and (r["direction"], r["implementation"]) != ("forward", "scattermoe")
   ]
-  table = report.by_k_table(records, "more of 64 experts")
+  table = tables.by_k(records, "more of 64 experts")
   header, _, first, last = table.splitlines()
   assert header == (
     "| more of 64 experts, ms | forward, scattermoe_jax | forward, dense "
@@ -125,7 +125,7 @@ def test_by_k_table_has_a_row_for_each_k_and_a_column_for_each_time():
 
 
 def test_by_k_table_is_in_the_order_of_k():
-  table = report.by_k_table(layer_records(["A", "B_8_1", "B_64_8"]), "by k")
+  table = tables.by_k(layer_records(["A", "B_8_1", "B_64_8"]), "by k")
   names = [row.split(":")[0] for row in table.splitlines()[2:]]
   assert names == ["| B_8_1", "| A", "| B_64_8"]
 
@@ -154,7 +154,7 @@ def test_train_table_is_beside_the_dense_model():
   }
   mixture = dense | {"variant": "mosaic", "tokens_per_s": 150.0}
   other = mixture | {"model": "d=8 layers=4"}
-  table = report.train_table([mixture, dense, other])
+  table = tables.training([mixture, dense, other])
   first, second, third = table.splitlines()[2:]
   row = "| {}, d=8 layers=2 | 0.50 B | 100 ms | {} | {} | 0.50 | 2.0 GiB |"
   assert first == row.format("a mixture by mosaic", 150, "0.75")
@@ -175,7 +175,7 @@ def made_here(records):
 def test_a_section_is_of_the_chosen_records_and_their_commands(monkeypatch):
   records = made_here(layer_records(["C1", "C2"]))
   monkeypatch.setattr(report, "load", lambda device, bench: records)
-  section = report.Section("bench_mlp", report.layers_table)
+  section = report.Section("bench_mlp", tables.layers)
   assert "C1: T=" in section.text() and "C2: T=" in section.text()
   text = section.text(["C2"])
   assert "C2: T=" in text and "--shapes C2`" in text
@@ -191,7 +191,7 @@ def test_commands_that_differ_in_their_shapes_are_said_once(monkeypatch):
   records = made_here(layer_records(["C1", "C2"]))
   records[0]["command"] = "python -m benchmarks.other"
   monkeypatch.setattr(report, "load", lambda device, bench: records)
-  text = report.Section("bench_mlp", report.layers_table).text()
+  text = report.Section("bench_mlp", tables.layers).text()
   assert text.endswith(
     "`python -m benchmarks.other` and "
     "`python -m benchmarks.some --shapes C1 C2`."
@@ -203,7 +203,7 @@ def test_the_readme_shows_what_a_section_says(monkeypatch):
   monkeypatch.setattr(
     report, "load", lambda device, bench: records * (bench == "bench_mlp")
   )
-  shown = report.Section("bench_mlp", report.layers_table)
+  shown = report.Section("bench_mlp", tables.layers)
   all_of_it = shown.text()
   for in_readme, text in (
     (False, "No record yet."),
@@ -230,7 +230,7 @@ def test_triton_table_says_how_much_faster_than_scattermoe():
     }
     for implementation, time in ms.items()
   ]
-  *_, row = report.triton_table(records).splitlines()
+  *_, row = tables.triton(records).splitlines()
   assert row.startswith("| up, C1: T=") and row.endswith("| 0.75 | 1.25 |")
 
 
