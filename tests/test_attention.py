@@ -176,6 +176,22 @@ def test_mask_is_padding():
   assert not np.any(np.asarray(masked)[PADDED == 0])
 
 
+def test_padding_may_hold_anything():
+  layer, x = module(use_output_bias=True), tokens()
+  params = randomized(layer, x)["params"]
+  ids = jnp.asarray(PADDED)
+
+  def run(params, x):
+    y, metrics, _ = layer.apply({"params": params}, x, segment_ids=ids)
+    return jnp.sum(y**2) + metrics.load_balancing_loss, (y, metrics)
+
+  step = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))
+  clean = step(params, x)
+  for padding in (jnp.nan, jnp.inf):
+    got = step(params, jnp.where((ids == 0)[:, :, None], padding, x))
+    jax.tree.map(np.testing.assert_array_equal, got, clean)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_prefill_and_decode_equal_the_full_pass(window):
   layer, x = module(sliding_window=window), tokens()

@@ -204,6 +204,32 @@ def test_masked_tokens_change_nothing_and_get_nothing():
   )
 
 
+def test_masked_tokens_may_hold_anything():
+  x = tokens()
+  real = jnp.asarray(np.arange(T).reshape(B, L) % 4 != 1)
+  module = block(
+    num_shared_experts=1,
+    shared_gate=True,
+    use_bias=True,
+    use_output_bias=True,
+    bias_init=NORMAL,
+  )
+  variables = randomized(module, x)
+
+  def run(params, x):
+    y, metrics = module.apply({"params": params}, x, mask=real)
+    losses = metrics.load_balancing_loss + metrics.router_z_loss
+    return jnp.sum(y**2) + losses, (y, metrics)
+
+  step = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))
+  clean = step(variables["params"], x)
+  for padding in (jnp.nan, jnp.inf, 1e38):
+    dirty = jnp.where(real[:, :, None], x, padding)
+    got = step(variables["params"], dirty)
+    jax.tree.map(np.testing.assert_array_equal, got, clean)
+    assert not np.any(got[1][0][~real])
+
+
 def test_float32_parameters_compute_in_bfloat16():
   x = tokens(dtype=jnp.bfloat16)
   module = block(dtype=jnp.bfloat16, num_shared_experts=1)

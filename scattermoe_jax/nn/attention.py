@@ -35,7 +35,11 @@ from scattermoe_jax.nn.parallel_linear import (
 )
 from scattermoe_jax.nn.rotary import RopeScaling, rotary_embedding
 from scattermoe_jax.nn.router import Router, Scoring
-from scattermoe_jax.nn.smoe import SMoEMetrics, route_with_metrics
+from scattermoe_jax.nn.smoe import (
+  SMoEMetrics,
+  route_with_metrics,
+  zero_padding,
+)
 from scattermoe_jax.ops import linear_combine
 from scattermoe_jax.ops.rows import group_rows, ungroup_rows
 from scattermoe_jax.routing import Routing
@@ -136,7 +140,7 @@ class MixtureOfAttention(nn.Module):
         which go on from the cache's length.
       segment_ids: tokens of different ids don't see each other; 0 is padding.
       mask: True where the token is real; the rest is padding. A padding token
-        goes to no expert and gets zero.
+        goes to no expert and gets zero, whatever it holds.
       cache: of the tokens before these.
       deterministic: whether to leave out the router's jitter.
     """
@@ -144,12 +148,13 @@ class MixtureOfAttention(nn.Module):
     if mask is not None:
       real = mask.astype(jnp.int32)
       segment_ids = real if segment_ids is None else segment_ids * real
-    routed = self._router()(x.reshape(-1, d), deterministic=deterministic)
-    routing, metrics = route_with_metrics(
-      routed, None if segment_ids is None else (segment_ids != 0).reshape(-1)
-    )
-    query = self._query()(x.reshape(-1, d), routing, grouped_out=True)
-    key, value = self._key_value(x)
+    row_mask = None if segment_ids is None else (segment_ids != 0).reshape(-1)
+    # Attention weighs the values of padding by zero, but weighs them.
+    rows = zero_padding(x.reshape(-1, d), row_mask)
+    routed = self._router()(rows, deterministic=deterministic)
+    routing, metrics = route_with_metrics(routed, row_mask)
+    query = self._query()(rows, routing, grouped_out=True)
+    key, value = self._key_value(rows.reshape(x.shape))
     query = ungroup_rows(query, routing)
     query = _to_head_order(
       query.reshape(batch, length, self.top_k, self.num_heads, self.head_dim)
@@ -177,10 +182,7 @@ class MixtureOfAttention(nn.Module):
     y = self._output(d)(heads, routed.gates, routing)
     if self.use_output_bias:
       bias = self.param("output_bias", self.bias_init, (d,), self.param_dtype)
-      rows = bias.astype(y.dtype)[None, :]
-      if segment_ids is not None:
-        rows *= (segment_ids != 0).reshape(-1, 1).astype(y.dtype)
-      y += rows
+      y = zero_padding(y + bias.astype(y.dtype)[None, :], row_mask)
     return y.reshape(x.shape), metrics, cache
 
   def _router(self):

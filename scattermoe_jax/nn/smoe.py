@@ -278,11 +278,12 @@ class SMoEBlock(nn.Module):
       x: tokens.
       mask: True where the token is real. A padding token goes to no expert:
         costs nothing, gets zero (also from shared experts and output bias) and
-        counts in no loss. All are real if None.
+        counts in no loss, whatever it holds. All are real if None.
       deterministic: whether to leave out the router's jitter.
     """
-    rows = x.reshape(-1, x.shape[-1])
     row_mask = None if mask is None else mask.reshape(-1)
+    # The router and shared experts see padding, their gradients as well.
+    rows = zero_padding(x.reshape(-1, x.shape[-1]), row_mask)
     routed = Router(
       num_experts=self.num_experts,
       top_k=self.top_k,
@@ -329,9 +330,7 @@ class SMoEBlock(nn.Module):
         "output_bias", self.bias_init, (rows.shape[1],), self.param_dtype
       )
       y += bias.astype(y.dtype)[None, :]
-    if row_mask is not None:
-      y *= row_mask.astype(y.dtype)[:, None]
-    return y.reshape(x.shape), metrics
+    return zero_padding(y, row_mask).reshape(x.shape), metrics
 
   def _shared(self, rows):
     dense_fields: dict[str, Any] = dict(
@@ -366,6 +365,16 @@ def route_with_metrics(
   """
   routing = route(_masked_ids(routed, mask), routed.logits.shape[1])
   return routing, _metrics(routed, routing.group_sizes, mask)
+
+
+def zero_padding(
+  rows: Float[Array, "T d"], mask: Bool[Array, " T"] | None
+) -> Float[Array, "T d"]:
+  """Returns the rows, with zeros where a mask is False."""
+  if mask is None:
+    return rows
+  # Not a product: padding may hold NaN.
+  return jnp.where(mask[:, None], rows, jnp.zeros_like(rows))
 
 
 def _masked_ids(routed, mask):
