@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from scattermoe_jax import combine, parallel_linear, route, smoe_mlp
+from scattermoe_jax.ops import linear_combine
 
 T, k, E, d, n = 8, 2, 3, 6, 5
 
@@ -23,6 +24,11 @@ GOOD = {
     "gates": ones(T, k),
     "w_in": ones(E, d, 2 * n),
     "w_out": ones(E, n, d),
+  },
+  linear_combine: {
+    "x": ones(T * k, n),
+    "gates": ones(T, k),
+    "w": ones(E, n, d),
   },
   combine: {"y": ones(T * k, d), "gates": ones(T, k)},
 }
@@ -204,6 +210,32 @@ def test_a_bad_argument_is_explained(
 ):
   with pytest.raises(error, match=message):
     function(routing=routing(), **(GOOD[function] | change))
+
+
+@pytest.mark.parametrize("function", GOOD, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+  ("given", "came"),
+  [
+    (jnp.zeros((T, k), jnp.int32), r"an array int32\[8, 2\]"),
+    (tuple(routing()), "a tuple"),
+    (None, "a NoneType"),
+  ],
+  ids=["ids", "tuple", "none"],
+)
+def test_what_is_no_routing_is_told_how_to_become_one(
+  function, given, came, unchecked
+):
+  message = f"{function.__name__}: routing must be a Routing, got {came}; make"
+  with pytest.raises(TypeError, match=message + r".*route\(expert_ids, num_ex"):
+    function(routing=given, **GOOD[function])
+
+
+@pytest.mark.parametrize("function", GOOD, ids=lambda f: f.__name__)
+def test_what_is_no_array_is_named(function, unchecked):
+  for name, array in GOOD[function].items():
+    message = f"{function.__name__}: {name} must be an array, got a list; jnp"
+    with pytest.raises(TypeError, match=message):
+      function(routing=routing(), **GOOD[function] | {name: array.tolist()})
 
 
 @pytest.mark.parametrize("function", GOOD, ids=lambda f: f.__name__)

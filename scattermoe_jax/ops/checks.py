@@ -5,6 +5,21 @@ import jax.numpy as jnp
 from scattermoe_jax.routing import Routing
 
 
+def check_arrays(function: str, routing: Routing, **arrays) -> None:
+  """Raises TypeError unless routing is one, and the rest arrays or None."""
+  if not isinstance(routing, Routing):
+    raise TypeError(
+      f"{function}: routing must be a Routing, got {_describe(routing)}; make "
+      "one of the ids of each token's experts: route(expert_ids, num_experts)."
+    )
+  for name, array in arrays.items():
+    if array is not None and not _is_array(array):
+      raise TypeError(
+        f"{function}: {name} must be an array, got {_describe(array)}; "
+        "jnp.asarray makes one of numbers."
+      )
+
+
 def check_rows(
   function: str, x, routing: Routing, *, grouped: bool, name: str = "x"
 ) -> None:
@@ -124,6 +139,16 @@ def _check_matrix(function: str, name: str, x) -> int:
       "flatten batch and sequence into rows."
     )
   return jnp.shape(x)[0]
+
+
+def _is_array(x) -> bool:
+  return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _describe(x) -> str:
+  if not _is_array(x):
+    return f"a {type(x).__name__}"
+  return f"an array {x.dtype}{list(x.shape)}"
 
 
 def _check_floating(function: str, name: str, x) -> None:

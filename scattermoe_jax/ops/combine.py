@@ -29,10 +29,11 @@ def combine(
 
   Raises:
     ValueError: if y has not S rows or the gates are not (T, k).
-    TypeError: if either is not of a floating-point dtype.
+    TypeError: if either is not of a floating-point dtype, or no array.
 
   Residuals: y and gates as given, and the ids of `routing`.
   """
+  checks.check_arrays("combine", routing, y=y, gates=gates)
   checks.check_rows("combine", y, routing, grouped=True, name="y")
   checks.check_gates("combine", gates, routing)
   checks.check_dtypes("combine", y)

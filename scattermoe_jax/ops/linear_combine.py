@@ -52,7 +52,7 @@ def linear_combine(
 
   Raises:
     ValueError: if shapes disagree.
-    TypeError: if dtypes do.
+    TypeError: if dtypes do, or what should be an array or a routing is none.
     NotImplementedError: if the named implementation cannot run it.
 
   Residuals: x (S, n), gates (T, k), w and the ids of `routing`. The expanded
@@ -61,6 +61,7 @@ def linear_combine(
   layer; SonicMoE (Guo et al., 2025, arXiv 2512.14080), algorithm 3, for the
   gate gradient.
   """
+  checks.check_arrays("linear_combine", routing, x=x, gates=gates, w=w)
   checks.check_rows("linear_combine", x, routing, grouped=grouped_in)
   if jnp.shape(x)[0] != routing.num_rows:
     raise ValueError(

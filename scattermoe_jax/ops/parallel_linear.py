@@ -50,7 +50,7 @@ def parallel_linear(
 
   Raises:
     ValueError: if shapes disagree.
-    TypeError: if dtypes do.
+    TypeError: if dtypes do, or what should be an array or a routing is none.
     NotImplementedError: if the named implementation cannot run it.
 
   Residuals: x, w and the ids of `routing`.
@@ -62,6 +62,7 @@ def parallel_linear(
     >>> parallel_linear(x, w, routing).shape
     (4, 5)
   """
+  checks.check_arrays("parallel_linear", routing, x=x, w=w, bias=bias)
   checks.check_rows("parallel_linear", x, routing, grouped=grouped_in)
   checks.check_weights("parallel_linear", "w", w, routing, d_in=jnp.shape(x)[1])
   checks.check_bias("parallel_linear", "bias", bias, w)

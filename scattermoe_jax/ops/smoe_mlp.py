@@ -72,7 +72,8 @@ def smoe_mlp(
   Raises:
     ValueError: if shapes disagree, the activation is unknown or `num_chunks`
       does not divide d.
-    TypeError: if dtypes disagree.
+    TypeError: if dtypes disagree, or what should be an array or a routing is
+      none.
     NotImplementedError: if the named implementation cannot run it.
 
   Residuals: x (T, d), the pre-activation h (S, m), gates (T, k), the ids of
@@ -81,6 +82,16 @@ def smoe_mlp(
   <dy w_out^T, a>. `jax.checkpoint` policies see h as "smoe_h".
   Source: SonicMoE (Guo et al., 2025, arXiv 2512.14080), algorithms 2 and 3.
   """
+  checks.check_arrays(
+    "smoe_mlp",
+    routing,
+    x=x,
+    gates=gates,
+    w_in=w_in,
+    w_out=w_out,
+    bias_in=bias_in,
+    bias_out=bias_out,
+  )
   checks.check_tokens("smoe_mlp", x, routing)
   checks.check_gates("smoe_mlp", gates, routing)
   d = jnp.shape(x)[1]
