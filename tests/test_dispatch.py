@@ -92,6 +92,16 @@ def test_a_misspelt_name_is_told_the_right_one(monkeypatch):
   monkeypatch.setenv(_compat.IMPLEMENTATION_VARIABLE, "cuda")
   with pytest.raises(ValueError, match="IMPLEMENTATION=cuda.*mosaic, triton"):
     choose_backend([problem(CPU)])
+  monkeypatch.setenv(_compat.IMPLEMENTATION_VARIABLE, "XLA")
+  with pytest.raises(ValueError, match="TION=XLA: .*did you mean 'xla'"):
+    choose_backend([problem(CPU)])
+
+
+@pytest.mark.parametrize("given", ["auto", True, 1])
+def test_what_is_no_name_is_told_the_names(given, unchecked):
+  message = f"implementation={given!r}: not one of mosaic, triton, xla; without"
+  with pytest.raises(ValueError, match=message):
+    choose_backend([problem(CPU)], given)
 
 
 def test_a_named_backend_that_cannot_says_why_and_who_can():

@@ -167,10 +167,14 @@ def report(problem: Problem | None = None) -> str:
 def _named(name: str, request: str, problems: Sequence[Problem]) -> ModuleType:
   """Returns the backend of that name; `request` is how the user asked."""
   if name not in IMPLEMENTATIONS:
-    close = difflib.get_close_matches(name, IMPLEMENTATIONS, n=1)
+    close = difflib.get_close_matches(str(name).lower(), IMPLEMENTATIONS, n=1)
     raise ValueError(
-      f"{request}: not one of {', '.join(IMPLEMENTATIONS)}"
-      + (f"; did you mean {close[0]!r}?" if close else ".")
+      f"{request}: not one of {', '.join(IMPLEMENTATIONS)}; "
+      + (
+        f"did you mean {close[0]!r}?"
+        if close
+        else "without it, the first that can runs."
+      )
     )
   reason = reason_against(name, problems)
   if reason is not None:
