@@ -14,7 +14,8 @@ Only ids are sorted; the rows themselves stay where they are.
 Source: ScatterMoE (Tan et al., 2024, arXiv 2403.08245), section 3.
 """
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -74,7 +75,8 @@ def route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
     The `Routing`; the same ids give the same bits.
 
   Raises:
-    TypeError: if `expert_ids` are not integers.
+    TypeError: if `expert_ids` are no array of integers, or `num_experts` is
+      traced or no integer.
     ValueError: if `expert_ids` is not (T, k), or k is above E.
 
   Example:
@@ -162,6 +164,15 @@ def take_rows(rows: Array, ids: Int[Array, " *ids"]) -> Array:
   return rows.at[ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
+def is_static_int(value: Any) -> bool:
+  """Returns whether `value` is an integer that is known while tracing."""
+  try:
+    operator.index(value)
+  except TypeError:  # a traced value's error is one
+    return False
+  return True
+
+
 # What either sort returns: grouped_ids (S), scattered_ids (S), group_sizes (E).
 _Sorted = tuple[Int[Array, " S"], Int[Array, " S"], Int[Array, " E"]]
 
@@ -218,6 +229,17 @@ def _inverse(permutation: Int[Array, " S"]) -> Int[Array, " S"]:
 
 
 def _check_expert_ids(expert_ids, num_experts: int) -> None:
+  if not is_static_int(num_experts):
+    raise TypeError(
+      "route: num_experts must be a static int, a shape depends on it; got "
+      f"{num_experts!r}. For jax.jit: functools.partial(route, num_experts=8), "
+      "or static_argnums=1."
+    )
+  if not hasattr(expert_ids, "dtype"):
+    raise TypeError(
+      "route: expert_ids must be an array of integers, got a "
+      f"{type(expert_ids).__name__}; jnp.asarray makes one."
+    )
   dtype = jnp.result_type(expert_ids)
   if not jnp.issubdtype(dtype, jnp.integer):
     raise TypeError(

@@ -166,19 +166,25 @@ BAD = {
     smoe_mlp,
     {"activation": "swiglu"},
     ValueError,
-    r"activation must be one of \('silu', .*\) or an Activation, got 'swiglu'",
+    r"smoe_mlp: activation must be one of \('silu', .* got 'swiglu'",
   ),
   "plain_weights_for_a_gated_activation": (
     smoe_mlp,
     {"activation": "clamped_swiglu", "w_in": ones(E, d, n)},
     ValueError,
-    r"'clamped_swiglu' needs w_in of width 2n: w_in has the width of a plain",
+    r"smoe_mlp: activation 'clamped_swiglu' needs w_in of width 2n: w_in has",
   ),
   "chunks_that_do_not_divide": (
     smoe_mlp,
     {"num_chunks": 4},
     ValueError,
     r"num_chunks must be a divisor of d = 6",
+  ),
+  "chunks_of_a_float": (
+    smoe_mlp,
+    {"num_chunks": 2.0},
+    TypeError,
+    r"smoe_mlp: num_chunks must be a static int, got 2.0",
   ),
   # combine
   "y_of_T_rows": (

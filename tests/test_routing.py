@@ -155,3 +155,21 @@ def test_route_batches_under_vmap():
 def test_route_says_what_is_wrong(ids, num_experts, error, message, unchecked):
   with pytest.raises(error, match=message):
     routing.route(jnp.asarray(ids), num_experts)
+
+
+def test_route_wants_a_number_of_experts_that_is_static(unchecked):
+  ids = jnp.zeros((2, 2), jnp.int32)
+  message = "route: num_experts must be a static int,.*functools.partial"
+  for num_experts in (4.0, None):
+    with pytest.raises(TypeError, match=message):
+      routing.route(ids, num_experts)
+  with pytest.raises(TypeError, match=message):
+    jax.jit(routing.route)(ids, 4)
+  for num_experts in (4, np.int64(4)):
+    assert jax.jit(routing.route, static_argnums=1)(ids, num_experts)
+
+
+def test_route_wants_an_array(unchecked):
+  message = "route: expert_ids must be an array of integers, got a list"
+  with pytest.raises(TypeError, match=message):
+    routing.route([[0, 1]], 4)

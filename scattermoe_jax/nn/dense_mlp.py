@@ -76,7 +76,9 @@ class DenseMLP(nn.Module):
     x, w_in, w_out, bias_in, bias_out = promote_dtype(
       x, w_in, w_out, bias_in, bias_out, dtype=self.dtype
     )
-    activation = get_activation(self.activation, gated=self.gated)
+    activation = get_activation(
+      self.activation, gated=self.gated, function="DenseMLP"
+    )
     rows = x.reshape(-1, d)
     h = jnp.matmul(rows, w_in, precision=self.precision)
     if bias_in is not None:

@@ -167,7 +167,8 @@ def adapted_smoe_mlp(
   )
   gated = w_in.shape[2] == 2 * w_out.shape[1]
   h = linear(x, w_in, routing, adapter=adapter_in, bias=bias_in)
-  a = get_activation(activation, gated=gated).apply(h)
+  activation = get_activation(activation, gated=gated, function="smoe_mlp")
+  a = activation.apply(h)
   y = linear(
     a, w_out, routing, adapter=adapter_out, bias=bias_out, grouped_in=True
   )

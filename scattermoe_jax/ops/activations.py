@@ -102,12 +102,18 @@ def clamped_swiglu(alpha: float = 1.702, limit: float = 7.0) -> Activation:
   )
 
 
-def get_activation(activation: str | Activation, *, gated: bool) -> Activation:
+def get_activation(
+  activation: str | Activation,
+  *,
+  gated: bool,
+  function: str = "get_activation",
+) -> Activation:
   """Returns the activation of that name, gated or not.
 
   Args:
     activation: a name in `ACTIVATIONS`, or an `Activation`.
     gated: whether the weights have a gate half.
+    function: who asks, for the message.
 
   Raises:
     ValueError: if the name is unknown, or the activation needs a gate that the
@@ -116,8 +122,8 @@ def get_activation(activation: str | Activation, *, gated: bool) -> Activation:
   if not isinstance(activation, Activation):
     if activation not in ACTIVATIONS:
       raise ValueError(
-        f"activation must be one of {ACTIVATIONS} or an Activation, got "
-        f"{activation!r}."
+        f"{function}: activation must be one of {ACTIVATIONS} or an "
+        f"Activation, got {activation!r}."
       )
     if activation == "clamped_swiglu":
       activation = clamped_swiglu()
@@ -126,8 +132,8 @@ def get_activation(activation: str | Activation, *, gated: bool) -> Activation:
   if activation.gated != gated:
     needs = "w_in of width 2n" if activation.gated else "w_in of width n"
     raise ValueError(
-      f"activation {activation.name!r} needs {needs}: w_in has the width of a "
-      f"{'gated' if gated else 'plain'} one."
+      f"{function}: activation {activation.name!r} needs {needs}: w_in has the "
+      f"width of a {'gated' if gated else 'plain'} one."
     )
   return activation
 

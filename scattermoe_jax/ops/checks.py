@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from scattermoe_jax.routing import Routing
+from scattermoe_jax.routing import Routing, is_static_int
 
 
 def check_arrays(function: str, routing: Routing, **arrays) -> None:
@@ -125,7 +125,11 @@ def check_mlp_widths(function: str, w_in, w_out, d: int) -> bool:
 
 
 def check_num_chunks(function: str, num_chunks: int, d: int) -> None:
-  """Raises ValueError unless num_chunks slices of equal width make up d."""
+  """Raises unless num_chunks, an int, slices of equal width make up d."""
+  if not is_static_int(num_chunks):
+    raise TypeError(
+      f"{function}: num_chunks must be a static int, got {num_chunks!r}."
+    )
   if num_chunks < 1 or d % num_chunks:
     raise ValueError(
       f"{function}: num_chunks must be a divisor of d = {d}, got {num_chunks}."

@@ -115,7 +115,7 @@ def smoe_mlp(
     + linear_problems(routing, w_out, dtype),
     implementation,
   )
-  activation = get_activation(activation, gated=gated)
+  activation = get_activation(activation, gated=gated, function="smoe_mlp")
   static = _Static(backend, activation, num_chunks, precision)
   operands = (x, gates, w_in, w_out, bias_in, bias_out)
   operands, routing = as_operands(operands, routing)
