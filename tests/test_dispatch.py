@@ -135,6 +135,18 @@ def test_report_names_the_override(monkeypatch):
   assert lines[-2:] == ["triton: can", "xla: runs"]
 
 
+@pytest.mark.parametrize(
+  ("override", "error"), [("XLA", ValueError), ("triton", NotImplementedError)]
+)
+def test_report_says_that_an_override_fails(monkeypatch, override, error):
+  monkeypatch.setenv(_compat.IMPLEMENTATION_VARIABLE, override)
+  with pytest.raises(error) as raised:
+    choose_backend([problem(CPU)])
+  lines = report(problem(CPU)).splitlines()
+  assert lines[2] == f"nothing runs: {raised.value}"
+  assert lines[-1] == "xla: can"
+
+
 def test_the_table_in_the_docs_is_what_the_code_answers():
   if reason := mosaic.check(problem(H200)):
     pytest.skip(f"the table is for the newest JAX: {reason}")

@@ -151,7 +151,7 @@ def report(problem: Problem | None = None) -> str:
   ]
   requested = requested_implementation()
   if requested is not None:
-    lines.append(f"{IMPLEMENTATION_VARIABLE}={requested} decides")
+    lines.append(_verdict(requested, problem))
   chosen = False
   for name in preference(problem):
     reason = reason_against(name, [problem])
@@ -162,6 +162,16 @@ def report(problem: Problem | None = None) -> str:
       lines.append(f"{name}: " + ("runs" if runs else "can"))
       chosen = True
   return "\n".join(lines)
+
+
+def _verdict(requested: str, problem: Problem) -> str:
+  """Returns what the environment's override does, in a line."""
+  request = f"{IMPLEMENTATION_VARIABLE}={requested}"
+  try:
+    _named(requested, request, [problem])
+  except (ValueError, NotImplementedError) as error:
+    return f"nothing runs: {error}"
+  return f"{request} decides"
 
 
 def _named(name: str, request: str, problems: Sequence[Problem]) -> ModuleType:
