@@ -103,6 +103,17 @@ def varying_axes(*arrays: Any) -> frozenset[str]:
   return axes
 
 
+def split_axes(array: Any) -> tuple[str, ...]:
+  """Returns the mesh axes of explicit type that split `array`."""
+  if not isinstance(array, jax.Array):
+    return ()
+  axes: tuple[str, ...] = ()
+  for names in jax.typeof(array).sharding.spec:
+    if names is not None:
+      axes += names if isinstance(names, tuple) else (names,)
+  return axes
+
+
 def vary_over(tree: Any, axes: frozenset[str]) -> Any:
   """Returns `tree` marked as differing by device over the mesh axes `axes`.
 

@@ -21,7 +21,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Integer
 
-from scattermoe_jax._compat import current_device, vary_over, varying_axes
+from scattermoe_jax._compat import (
+  current_device,
+  split_axes,
+  vary_over,
+  varying_axes,
+)
 
 
 class Routing(NamedTuple):
@@ -78,6 +83,7 @@ def route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
     TypeError: if `expert_ids` are no array of integers, or `num_experts` is
       traced or no integer.
     ValueError: if `expert_ids` is not (T, k), or k is above E.
+    NotImplementedError: if explicit mesh axes split `expert_ids`.
 
   Example:
     >>> route(jnp.array([[2, 0], [1, 2], [0, 1]]), 3).scattered_ids.tolist()
@@ -239,6 +245,12 @@ def _check_expert_ids(expert_ids, num_experts: int) -> None:
     raise TypeError(
       "route: expert_ids must be an array of integers, got a "
       f"{type(expert_ids).__name__}; jnp.asarray makes one."
+    )
+  if axes := split_axes(expert_ids):
+    raise NotImplementedError(
+      f"route: expert_ids is split over {axes}, mesh axes of explicit type, "
+      "and a routing is of all tokens; use scattermoe_jax.sharding, or call it "
+      "inside jax.shard_map."
     )
   dtype = jnp.result_type(expert_ids)
   if not jnp.issubdtype(dtype, jnp.integer):

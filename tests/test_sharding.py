@@ -349,6 +349,24 @@ def test_an_op_without_a_wrapper_warns_that_the_compiler_splits_it():
     gradient(split_tokens(x))
 
 
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("name", "x gates expert_ids w_in w_out".split())
+def test_an_op_without_a_wrapper_refuses_what_explicit_axes_split(jit, name):
+  given = small()
+  given["w_in"] = given["w_in"].reshape(8, 8, 16)
+  mesh = mesh_of((8,), AxisType.Explicit)
+  split = NamedSharding(mesh, PartitionSpec("a"))
+  given[name] = jax.device_put(given[name], split)
+
+  def layer(x, gates, expert_ids, w_in, w_out):
+    return sm.smoe_mlp(x, gates, sm.route(expert_ids, 8), w_in, w_out)
+
+  op = "route" if name == "expert_ids" else "smoe_mlp"
+  message = rf"{op}: {name} is split over \('a',\), .*jax.shard_map"
+  with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match=message):
+    jit(layer)(**given)
+
+
 def test_a_kernel_without_a_wrapper_refuses_several_devices():
   kernel = types.ModuleType("scattermoe_jax.kernels.mosaic")
 

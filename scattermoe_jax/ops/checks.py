@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 
+from scattermoe_jax._compat import split_axes
+from scattermoe_jax.ops.placement import REMEDY
 from scattermoe_jax.routing import Routing, is_static_int
 
 
 def check_arrays(function: str, routing: Routing, **arrays) -> None:
-  """Raises TypeError unless routing is one, and the rest arrays or None."""
+  """Raises unless routing is one, and the rest whole arrays or None."""
   if not isinstance(routing, Routing):
     raise TypeError(
       f"{function}: routing must be a Routing, got {_describe(routing)}; make "
@@ -17,6 +19,13 @@ def check_arrays(function: str, routing: Routing, **arrays) -> None:
       raise TypeError(
         f"{function}: {name} must be an array, got {_describe(array)}; "
         "jnp.asarray makes one of numbers."
+      )
+  for name, array in (arrays | routing._asdict()).items():
+    # An automatic axis is the compiler's affair, see `check_placement`.
+    if axes := split_axes(array):
+      raise NotImplementedError(
+        f"{function}: {name} is split over {axes}, mesh axes of explicit "
+        f"type, and no backend runs on parts; {REMEDY}."
       )
 
 

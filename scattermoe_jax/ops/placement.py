@@ -15,6 +15,11 @@ from jax.interpreters import ad, batching, mlir
 
 from scattermoe_jax.routing import Routing
 
+REMEDY = (
+  "use scattermoe_jax.sharding (Flax modules: mesh_axes=...), or call it "
+  "inside jax.shard_map (MixtureOfAttention, which has no mesh_axes, too)"
+)
+
 _placed_p = Primitive("smoe_placed")
 
 
@@ -42,19 +47,15 @@ def check_placement(
 def _complain(function: str, implementation: str, num_devices: int) -> None:
   if num_devices <= 1:
     return
-  remedy = (
-    "use scattermoe_jax.sharding (Flax modules: mesh_axes=...), or call it "
-    "inside jax.shard_map (MixtureOfAttention, which has no mesh_axes, too)"
-  )
   if implementation != "xla":
     raise NotImplementedError(
       f"{function}: on {num_devices} devices, {implementation!r} would run "
       "whole on each of them, since the compiler cannot split a kernel; "
-      f"{remedy}, or implementation='xla'."
+      f"{REMEDY}, or implementation='xla'."
     )
   warnings.warn(
     f"{function}: the compiler splits this over {num_devices} devices, with "
-    f"collectives for every tile; {remedy}.",
+    f"collectives for every tile; {REMEDY}.",
     stacklevel=2,
   )
 
