@@ -7,7 +7,8 @@ take ten times as long. But three bfloat16 numbers hold a float32 one exactly,
   w = w_1 + w_2 + w_3,    x w = x w_1 + x w_2 + x w_3,
 
 and products of bfloat16 numbers are exact in float32, so that one product of
-three times the columns rounds nothing but its sums. The backward splits dy:
+three times the columns rounds nothing but its sums (those of a tensor core keep
+a few bits less than float32's, see docs/kernels.md). The backward splits dy:
 
   dx = dy w^T = dy_1 w_1^T + dy_1 w_2^T + dy_2 w_1^T    (then bfloat16, as x is)
   dw = x^T dy = x^T dy_1 + x^T dy_2 + x^T dy_3
