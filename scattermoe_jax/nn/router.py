@@ -22,12 +22,15 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from scattermoe_jax._compat import current_device
-from scattermoe_jax.ops.split_dot import is_faster_on, split_dot
+from scattermoe_jax._compat import current_device, split_axes
+from scattermoe_jax.ops.split_dot import multiplies_bfloat16, split_dot
 
 Scoring = Literal[
   "softmax_top_k", "softmax_top_k_renormalized", "top_k_softmax", "sigmoid"
 ]
+
+# Fewer are over before a kernel is taken apart.
+_MANY_TOKENS = 256
 
 
 class RouterOutput(NamedTuple):
@@ -51,8 +54,9 @@ class Router(nn.Module):
 
   The logits are computed and kept in float32 whatever the dtype of the tokens:
   rounding them in bfloat16, or multiplying them in TF32, changes who is chosen.
-  On a GPU, bfloat16 tokens meet a float32 kernel by `split_dot`, which is as
-  exact and several times as fast.
+  On a GPU, many bfloat16 tokens meet a float32 kernel by `split_dot`, which
+  rounds neither and does not take the slow float32 cores; but not with jitter,
+  another `dtype` or `precision`, or where explicit mesh axes split either.
 
   Attributes:
     num_experts: E.
@@ -125,15 +129,7 @@ class Router(nn.Module):
     return RouterOutput(gates * self.scale, expert_ids, logits, probs)
 
   def _linear(self, x, kernel, wide):
-    is_exact = (
-      self.dtype in (None, jnp.float32)
-      and self.precision == lax.Precision.HIGHEST
-    )
-    if (
-      is_exact
-      and (x.dtype, kernel.dtype) == (jnp.bfloat16, jnp.float32)
-      and is_faster_on(current_device())
-    ):
+    if self._splits(x, kernel):
       return split_dot(x, kernel)
     dtype = self.dtype or wide
     return lax.dot_general(
@@ -142,6 +138,18 @@ class Router(nn.Module):
       (((1,), (0,)), ((), ())),
       precision=self.precision,
       preferred_element_type=wide,
+    )
+
+  def _splits(self, x, kernel) -> bool:
+    is_exact = self.precision in (lax.Precision.HIGHEST, "highest", "float32")
+    is_wide = self.dtype is None or jnp.dtype(self.dtype) == jnp.float32
+    return (
+      is_exact
+      and is_wide
+      and (x.dtype, kernel.dtype) == (jnp.bfloat16, jnp.float32)
+      and x.shape[0] >= _MANY_TOKENS
+      and not (split_axes(x) or split_axes(kernel))
+      and multiplies_bfloat16(current_device())
     )
 
   def _choose(self, logits):

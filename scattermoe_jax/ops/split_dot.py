@@ -1,4 +1,4 @@
-"""x w where x is bfloat16 and w float32, on the tensor cores, without loss.
+"""x w where x is bfloat16 and w float32, on the tensor cores, w not rounded.
 
 A router's logits decide who is chosen, so w may not be rounded to what tensor
 cores multiply (bfloat16 has 8 bits of w's 24, TF32 has 11), and the plain cores
@@ -13,6 +13,8 @@ a few bits less than float32's, see docs/kernels.md). The backward splits dy:
   dx = dy w^T = dy_1 w_1^T + dy_1 w_2^T + dy_2 w_1^T    (then bfloat16, as x is)
   dw = x^T dy = x^T dy_1 + x^T dy_2 + x^T dy_3
 
+where dx is off by some 2^-16 of sum |dy| |w|, before it is rounded.
+
 Source: Henry, Tang, Heinecke, Leveraging the bfloat16 Artificial Intelligence
 Datatype For Higher-Precision Computations (2019), arXiv 1904.06376.
 """
@@ -22,17 +24,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Float32
 
-from scattermoe_jax._compat import (
-  Device,
-  current_device,
-  vary_over,
-  varying_axes,
-)
+from scattermoe_jax._compat import Device, vary_over, varying_axes
 from scattermoe_jax.ops.derivatives import first_derivative_only
 
 
-def is_faster_on(device: Device) -> bool:
-  """Returns whether a device multiplies bfloat16 faster than float32."""
+def multiplies_bfloat16(device: Device) -> bool:
+  """Returns whether a device has tensor cores for bfloat16."""
   return device.capability is not None and device.capability >= (8, 0)
 
 
@@ -41,9 +38,12 @@ def split_dot(
 ) -> Float32[Array, "T E"]:
   """Returns x w in float32, with no operand rounded; differentiable once.
 
+  In reverse mode alone: it has no `jvp`.
+
   Args:
     x: bfloat16.
-    w: float32, of normal numbers: what is below 2^-110 may be lost.
+    w: float32. What is below 2^-110 may be lost; what rounds to infinity in
+      bfloat16, above 3.39e38, gives NaN, as do gradients of that size.
   """
   axes = varying_axes(x, w)
   return _split_dot(vary_over(x, axes), vary_over(w, axes))
@@ -86,16 +86,27 @@ def _parts(a, count: int):
 
 def _dot(a, b, contracted, dtype):
   """Returns the product of bfloat16 numbers, summed in float32."""
-  if not is_faster_on(current_device()):
+
+  def on_tensor_cores(a, b):
+    # Said, so that no setting for other products changes it.
+    return lax.dot_general(
+      a,
+      b,
+      (contracted, ((), ())),
+      precision=lax.Precision.DEFAULT,
+      preferred_element_type=dtype,
+    )
+
+  def anywhere(a, b):
     # XLA's CPU lacks some products of bfloat16.
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    sums = lax.dot_general(a, b, (contracted, ((), ())))
-    return sums.astype(dtype)
-  return lax.dot_general(
-    a, b, (contracted, ((), ())), preferred_element_type=dtype
-  )
+    dimensions = (contracted, ((), ()))
+    highest = lax.Precision.HIGHEST
+    return lax.dot_general(a, b, dimensions, precision=highest).astype(dtype)
+
+  return lax.platform_dependent(a, b, cuda=on_tensor_cores, default=anywhere)
 
 
 def _sum_parts(products):
-  """The small ones first: they would be lost one by one."""
+  """Returns the sum over parts, small ones first."""
   return products[:, 0] + (products[:, 1] + products[:, 2])
