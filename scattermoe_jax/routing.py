@@ -172,6 +172,8 @@ def take_rows(rows: Array, ids: Int[Array, " *ids"]) -> Array:
 
 def is_static_int(value: Any) -> bool:
   """Returns whether `value` is an integer that is known while tracing."""
+  if isinstance(value, bool):
+    return False
   try:
     operator.index(value)
   except TypeError:  # a traced value's error is one

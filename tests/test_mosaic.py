@@ -14,6 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import scattermoe_jax as sm
 from scattermoe_jax._compat import Device
 from scattermoe_jax.kernels import Columns, Problem, mosaic, xla
+from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.ops.activations import get_activation
 from scattermoe_jax.routing import route
 from tests.accuracy import assert_accurate
@@ -239,6 +240,15 @@ def test_runs_on_hopper_alone():
 )
 def test_refuses_in_words(change, words):
   assert words in mosaic.check(PROBLEM._replace(**change))
+
+
+@needs_mosaic
+def test_refuses_tiles_that_would_wait_for_themselves():
+  routing, rng = routing_and_rng()
+  x, w = normal(rng, NUM_TOKENS, D), normal(rng, NUM_EXPERTS, D, N)
+  config = TileConfig(num_stages=2)
+  with pytest.raises(ValueError, match="config: num_stages = 2; .* takes 3"):
+    mosaic.scatter2scatter(x, w, routing, grouped_out=True, config=config)
 
 
 def test_an_old_jax_is_a_reason_not_an_error():

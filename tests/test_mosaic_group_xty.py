@@ -127,7 +127,15 @@ def test_group_xty_gathering_x_equals_oracle():
   assert not np.any(np.asarray(got[2], np.float32)), "an expert of no rows"
 
 
-@pytest.mark.timeout(200)  # It hung.
+def test_group_xty_refuses_tiles_that_would_wait_for_themselves():
+  x, y = operands(False, True, 64, 64)
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  config = TileConfig(128, 64, num_stages=1)
+  with pytest.raises(ValueError, match="config: num_stages = 1; .* takes 2"):
+    group_xty(x, y, routing, y_grouped=True, config=config)
+
+
+@pytest.mark.timeout(200)  # Ends a deadlock.
 def test_group_xty_passes_many_experts_without_rows():
   # One block, more tiles in turn without rows than it may draw ahead.
   num_experts = 2 * RING
@@ -245,7 +253,7 @@ def test_group_xty_on_gpu_equals_xla(case, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(200)  # It hung.
+@pytest.mark.timeout(200)  # Ends a deadlock.
 def test_group_xty_on_gpu_passes_many_experts_without_rows():
   num_experts = 512
   ids = np.full((2048, 2), 5)

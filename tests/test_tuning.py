@@ -55,6 +55,10 @@ def test_tiles_that_cannot_run_are_refused_in_words():
     op, TileConfig(128, 256, num_stages=5)
   )
   assert "no tiles" in tuning.why_invalid(op, TileConfig(96, 256))
+  one, two = (TileConfig(128, 128, num_stages=stages) for stages in (1, 2))
+  assert "takes 2" in tuning.why_invalid(op, one)
+  assert tuning.why_invalid(op, two) is None
+  assert "takes 3" in tuning.why_invalid("up_projection", two)
   with pytest.raises(ValueError, match="op must be one of"):
     tuning.heuristic("sort", PROBLEMS[0])
 

@@ -30,6 +30,12 @@ OPS = (
   "group_xty_gathered_x",
   "group_xty_gathered_y",
 )
+# Those that may announce each step before the next is loaded.
+_WAITING_FOR_NOTHING = (
+  "scatter2scatter_grouped",
+  "group_xty_gathered_x",
+  "group_xty_gathered_y",
+)
 _H200_SMS = 132
 # Shared memory of a block on Hopper, less a kilobyte for barriers.
 _SHARED_BYTES = 226 * 1024
@@ -174,11 +180,20 @@ def why_invalid(op: str, config: TileConfig) -> str | None:
     return f"{op} has no tiles of {blocks}; it has {_blocks(op)}"
   if config.block_k != 64:
     return f"block_k = {config.block_k}; a step is 64, one swizzled row"
-  if config.num_stages < 2:
-    return f"num_stages = {config.num_stages}; loading ahead takes two"
+  # A gathered step is announced after the next is under way, and that waits for
+  # the release of an older one.
+  least = 2 if op in _WAITING_FOR_NOTHING else 3
+  if config.num_stages < least:
+    return f"num_stages = {config.num_stages}; loading ahead takes {least}"
   if not _fits(config):
     return f"{config} takes more shared memory than a block has"
   return None
+
+
+def check_config(op: str, config: TileConfig) -> None:
+  """Raises ValueError if `op` cannot run with these tiles."""
+  if reason := why_invalid(op, config):
+    raise ValueError(f"config: {reason}.")
 
 
 def _check_op(op: str) -> None:

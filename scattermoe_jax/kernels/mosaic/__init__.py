@@ -22,7 +22,7 @@ from scattermoe_jax.kernels import composed
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.schedule import places_in_windows
-from scattermoe_jax.kernels.tuning import tuned_config
+from scattermoe_jax.kernels.tuning import check_config, tuned_config
 from scattermoe_jax.routing import Routing, take_rows
 
 _DTYPES = ("bfloat16", "float16")
@@ -311,6 +311,8 @@ def _plan(
       current_device(),
     )
     config = tuned_config(op, problem)
+  else:
+    check_config(op, config)
   return Plan(
     num_rows=routing.num_rows,
     num_experts=routing.num_experts,

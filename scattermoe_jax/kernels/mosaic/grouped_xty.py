@@ -77,8 +77,11 @@ def group_xty(
   shape = (num_experts, x.shape[1], y.shape[1])
   if num_rows == 0 or 0 in shape:
     return jnp.zeros(shape, x.dtype)
+  op = f"group_xty_gathered_{'y' if x_grouped and not y_grouped else 'x'}"
   if config is None:
-    config = _tuned(x, y, routing, x_grouped, y_grouped)
+    config = _tuned(op, x, y, routing)
+  else:
+    tuning.check_config(op, config)
   plan = make_plan(x, y, routing, x_grouped, y_grouped, config)
   return _launch(x, y, routing, plan=plan, ops=ops)
 
@@ -95,8 +98,7 @@ def _launch(x, y, routing: Routing, *, plan: Plan, ops: Any):
   return vary_over(dw, varying_axes(x, y, routing))
 
 
-def _tuned(x, y, routing, x_grouped: bool, y_grouped: bool) -> TileConfig:
-  gathered_y = x_grouped and not y_grouped
+def _tuned(op: str, x, y, routing: Routing) -> TileConfig:
   problem = Problem(
     routing.num_rows,
     routing.num_experts,
@@ -105,7 +107,6 @@ def _tuned(x, y, routing, x_grouped: bool, y_grouped: bool) -> TileConfig:
     str(x.dtype),
     current_device(),
   )
-  op = "group_xty_gathered_y" if gathered_y else "group_xty_gathered_x"
   return tuning.tuned_config(op, problem)
 
 
@@ -243,8 +244,8 @@ def _load_tiles(plan, ops, queue, groups, left, right, ids, scratch):
       ops.wait(behind - 1)
       plgpu.barrier_arrive(full.at[lax.rem(num_steps - behind, stages)])
 
-  # The tiles without rows are the last, and are drawn once all is announced:
-  # a full ring waits for who may be waiting for that.
+  # The tiles without rows come last. A draw may wait until the multipliers have
+  # read older tickets, and they do once every loaded step is announced.
   def pass_tile(carry):
     i, _, after = carry
     draw(i + tickets.AHEAD)

@@ -9,7 +9,10 @@ the other warpgroups through a ring in shared memory:
 
   draw(i)    loader:  counter += 1 -> ring[i % RING] -> drawn[i % RING]
   read(i)    all:     wait drawn[i % RING], read
-  taken(i)   others:  the place may be used again
+  release(i) others:  the place may be used again
+
+The loader may draw only what the others can reach by what it has announced:
+else it waits for a place, and they for a step.
 
 Source: dynamic tile schedulers of persistent kernels, such as CUTLASS's
 (NVIDIA, include/cutlass/gemm/kernel/sm90_tile_scheduler*.hpp) and the

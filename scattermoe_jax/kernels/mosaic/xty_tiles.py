@@ -113,9 +113,10 @@ def _is_transposed(x: Side, y: Side) -> bool:
 def ordered_groups(routing: Routing) -> tuple[Array, Array, Array]:
   """Returns (expert, first row, end) of each group, the largest group first.
 
-  Long tiles first leave short ones to fill the end of the launch. Ranked and
-  counted by comparing all with all: two small kernels, where a sort and a
-  cumulative sum are several.
+  Long tiles first leave short ones to fill the end of the launch, and the
+  loader counts on those without rows to be the last. Ranked and counted by
+  comparing all with all: two small kernels, where a sort and a cumulative sum
+  are several.
   """
   sizes = routing.group_sizes
   experts = jnp.arange(sizes.shape[0], dtype=jnp.int32)
