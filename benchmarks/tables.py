@@ -150,13 +150,17 @@ def memory(records: Sequence[Record]) -> str:
 
 
 def training(records: Sequence[Record]) -> str:
-  """Returns a language model's training step, by what its layers are."""
+  """Returns a language model's training step, by what its layers are.
+
+  Compared with the dense model of the same run alone.
+  """
+  run_of = lambda r: (r["model"], r["command"])
   dense = {
-    r["model"]: r["tokens_per_s"] for r in records if r["variant"] == "dense"
+    run_of(r): r["tokens_per_s"] for r in records if r["variant"] == "dense"
   }
   rows = []
   for r in records:
-    of_dense = r["tokens_per_s"] / dense.get(r["model"], float("inf"))
+    of_dense = r["tokens_per_s"] / dense.get(run_of(r), float("inf"))
     rows.append(
       [
         f"{_trained(r['variant'])}, {r['model']}",

@@ -289,15 +289,21 @@ def test_bench_train_keeps_what_was_measured_before_a_failure(
   assert [r["variant"] for r in json.loads(path.read_text())] == ["dense"]
 
 
-def test_bench_train_refuses_losses_that_differ():
-  records = [
-    {"variant": "mosaic", "first_loss": 10.0},
-    {"variant": "dense", "first_loss": 11.0},
-    {"variant": "xla", "first_loss": 10.02},
-  ]
-  bench_train._check(records[:2])
-  with pytest.raises(AssertionError, match="losses differ"):
-    bench_train._check(records)
+@pytest.mark.parametrize("field", ["first_loss", "first_grad_norm"])
+def test_bench_train_refuses_steps_that_differ(field):
+  first = {"variant": "mosaic", "first_loss": 10.0, "first_grad_norm": 3.0}
+  dense = first | {"variant": "dense", field: 1.2 * first[field]}
+  bench_train._check([first, dense, first | {"variant": "xla"}])
+  with pytest.raises(AssertionError, match=f"{field} differs"):
+    bench_train._check([first, dense | {"variant": "xla"}])
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_dense_model_would_not_pass_for_the_mixture():
+  arguments = ["--tiny", "--batch", "2", "--length", "16", "--steps", "1"]
+  mixture, dense = bench_train.main([*arguments, "--variants", "xla", "dense"])
+  with pytest.raises(AssertionError, match="differs"):
+    bench_train._check([mixture, dense | {"variant": "triton"}])
 
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0), 132)

@@ -151,15 +151,18 @@ def test_train_table_is_beside_the_dense_model():
     "tokens_per_s": 200.0,
     "mfu": 0.5,
     "peak_mib": 2048.0,
+    "command": "one",
   }
   mixture = dense | {"variant": "mosaic", "tokens_per_s": 150.0}
   other = mixture | {"model": "d=8 layers=4"}
-  table = tables.training([mixture, dense, other])
-  first, second, third = table.splitlines()[2:]
+  apart = mixture | {"command": "another"}
+  table = tables.training([mixture, dense, other, apart])
+  first, second, third, fourth = table.splitlines()[2:]
   row = "| {}, d=8 layers=2 | 0.50 B | 100 ms | {} | {} | 0.50 | 2.0 GiB |"
   assert first == row.format("a mixture by mosaic", 150, "0.75")
   assert second == row.format("a dense MLP", 200, "1.00")
-  assert third == row.format("a mixture by mosaic", 150, "").replace("=2", "=4")
+  assert fourth == row.format("a mixture by mosaic", 150, "")
+  assert third == fourth.replace("=2", "=4")
 
 
 def made_here(records):
