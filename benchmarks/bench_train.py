@@ -13,10 +13,11 @@ billion parameters, 8 texts of 2048 tokens, bfloat16 with weights in float32.
 `mfu` is the FLOPs that the model asks for (nothing recomputed counts, half of
 the attention scores) over what the card does in that time at the rate of a
 dense product measured before, 8192 cubed. Losses and gradient norms of the
-first step must agree among the mixtures of a run before a time is printed. The
-rate of learning is near zero,
-so that the routing stays what random weights make it; `busiest_expert` is the
-load of the fullest expert of any layer over the mean.
+first step must agree among the mixtures of a run before a time is printed.
+
+The rate of learning is near zero, so that the routing stays what random weights
+make it; `busiest_expert` is the load of the fullest expert of any layer over
+the mean.
 """
 
 import argparse

@@ -96,11 +96,7 @@ SECTIONS = (
     functools.partial(tables.layers, direction="forward"),
     only={"direction": ("forward",)},
   ),
-  Section(
-    "bench_ops",
-    tables.ops,
-    only={"implementation": ("mosaic",)},
-  ),
+  Section("bench_ops", tables.ops, only={"implementation": ("mosaic",)}),
   Section("bench_attention", tables.attention, in_readme=("k8",)),
   Section("train_attention", tables.learning, device="cpu"),
   Section("bench_memory", tables.memory),

@@ -49,6 +49,10 @@ class Device(NamedTuple):
   capability: tuple[int, int] | None = None
   num_cores: int | None = None
 
+  def has_capability(self, major: int, minor: int) -> bool:
+    """Returns whether it is a CUDA GPU of that compute capability or newer."""
+    return self.capability is not None and self.capability >= (major, minor)
+
 
 def current_device() -> Device:
   """Returns the device described by the abstract mesh, else JAX's default."""

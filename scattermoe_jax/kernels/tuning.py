@@ -75,6 +75,21 @@ def tuned_config(op: str, problem: Problem) -> TileConfig:
   return lookup(op, problem) or heuristic(op, problem)
 
 
+def chosen_config(
+  op: str, problem: Problem, config: TileConfig | None
+) -> TileConfig:
+  """Returns the tiles that were asked for, or `tuned_config` if None were.
+
+  Raises:
+    ValueError: if `op` cannot run with them.
+  """
+  if config is None:
+    return tuned_config(op, problem)
+  if reason := why_invalid(op, config):
+    raise ValueError(f"config: {reason}.")
+  return config
+
+
 def heuristic(op: str, problem: Problem) -> TileConfig:
   """Returns tiles by rule, for problems that nobody has measured.
 
@@ -188,12 +203,6 @@ def why_invalid(op: str, config: TileConfig) -> str | None:
   if not _fits(config):
     return f"{config} takes more shared memory than a block has"
   return None
-
-
-def check_config(op: str, config: TileConfig) -> None:
-  """Raises ValueError if `op` cannot run with these tiles."""
-  if reason := why_invalid(op, config):
-    raise ValueError(f"config: {reason}.")
 
 
 def _check_op(op: str) -> None:

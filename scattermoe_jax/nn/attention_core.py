@@ -196,8 +196,7 @@ def _choose(query, sinks) -> str:
   runs = (
     sinks is None
     and device.platform == "gpu"
-    and device.capability is not None
-    and device.capability >= (8, 0)
+    and device.has_capability(8, 0)
     and query.dtype in (jnp.bfloat16, jnp.float16)
     and query.shape[-1] % 8 == 0
     and query.shape[-1] <= _MAX_CUDNN_HEAD_DIM

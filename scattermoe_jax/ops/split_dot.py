@@ -30,7 +30,7 @@ from scattermoe_jax.ops.derivatives import first_derivative_only
 
 def multiplies_bfloat16(device: Device) -> bool:
   """Returns whether a device has tensor cores for bfloat16."""
-  return device.capability is not None and device.capability >= (8, 0)
+  return device.has_capability(8, 0)
 
 
 def split_dot(
@@ -86,21 +86,18 @@ def _parts(a, count: int):
 
 def _dot(a, b, contracted, dtype):
   """Returns the product of bfloat16 numbers, summed in float32."""
+  dimensions = (contracted, ((), ()))
 
   def on_tensor_cores(a, b):
     # Said, so that no setting for other products changes it.
+    default = lax.Precision.DEFAULT
     return lax.dot_general(
-      a,
-      b,
-      (contracted, ((), ())),
-      precision=lax.Precision.DEFAULT,
-      preferred_element_type=dtype,
+      a, b, dimensions, precision=default, preferred_element_type=dtype
     )
 
   def anywhere(a, b):
     # XLA's CPU lacks some products of bfloat16.
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    dimensions = (contracted, ((), ()))
     highest = lax.Precision.HIGHEST
     return lax.dot_general(a, b, dimensions, precision=highest).astype(dtype)
 

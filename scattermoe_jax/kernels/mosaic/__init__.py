@@ -22,7 +22,7 @@ from scattermoe_jax.kernels import composed
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.schedule import places_in_windows
-from scattermoe_jax.kernels.tuning import check_config, tuned_config
+from scattermoe_jax.kernels.tuning import chosen_config
 from scattermoe_jax.routing import Routing, take_rows
 
 _DTYPES = ("bfloat16", "float16")
@@ -301,25 +301,21 @@ def _plan(
 
   d_in, columns = w.shape[1:][::-1] if transpose_w else w.shape[1:]
   d_out = d_out or columns
-  if config is None:
-    problem = Problem(
-      routing.num_rows,
-      routing.num_experts,
-      d_in,
-      d_out,
-      str(x.dtype),
-      current_device(),
-    )
-    config = tuned_config(op, problem)
-  else:
-    check_config(op, config)
+  problem = Problem(
+    routing.num_rows,
+    routing.num_experts,
+    d_in,
+    d_out,
+    str(x.dtype),
+    current_device(),
+  )
   return Plan(
     num_rows=routing.num_rows,
     num_experts=routing.num_experts,
     d_in=_padded(d_in),
     d_out=_padded(d_out),
     dtype=x.dtype,
-    config=config,
+    config=chosen_config(op, problem, config),
     transpose_w=transpose_w,
     **fields,
   )

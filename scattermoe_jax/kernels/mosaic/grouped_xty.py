@@ -78,10 +78,9 @@ def group_xty(
   if num_rows == 0 or 0 in shape:
     return jnp.zeros(shape, x.dtype)
   op = f"group_xty_gathered_{'y' if x_grouped and not y_grouped else 'x'}"
-  if config is None:
-    config = _tuned(op, x, y, routing)
-  else:
-    tuning.check_config(op, config)
+  device, dtype = current_device(), str(x.dtype)
+  problem = Problem(num_rows, num_experts, *shape[1:], dtype, device)
+  config = tuning.chosen_config(op, problem, config)
   plan = make_plan(x, y, routing, x_grouped, y_grouped, config)
   return _launch(x, y, routing, plan=plan, ops=ops)
 
@@ -96,18 +95,6 @@ def _launch(x, y, routing: Routing, *, plan: Plan, ops: Any):
   )
   # plgpu.kernel forgets over which mesh axes its result differs.
   return vary_over(dw, varying_axes(x, y, routing))
-
-
-def _tuned(op: str, x, y, routing: Routing) -> TileConfig:
-  problem = Problem(
-    routing.num_rows,
-    routing.num_experts,
-    x.shape[1],
-    y.shape[1],
-    str(x.dtype),
-    current_device(),
-  )
-  return tuning.tuned_config(op, problem)
 
 
 def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
