@@ -5,6 +5,7 @@ The interpreter cannot run cp.async, so `InterpretedOps` stands in for
 kernel's own. What the stand-in hides is checked by the tests marked gpu.
 """
 
+import itertools
 import math
 
 import jax
@@ -27,8 +28,10 @@ if reason := mosaic.missing_feature():
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from scattermoe_jax.kernels.mosaic import xty_tiles
 from scattermoe_jax.kernels.mosaic.grouped_xty import group_xty
 from scattermoe_jax.kernels.mosaic.tickets import RING
+from scattermoe_jax.kernels.mosaic.xty_tiles import make_plan, parts_of_groups
 
 ROWS = 64
 
@@ -45,6 +48,17 @@ class InterpretedOps:
   def increment(self, counter, ring, place, turn):
     del counter
     ring[place] = lax.axis_index("block") + turn * self.num_blocks
+
+  def new_flags(self, count):
+    # One block: no part is waited for.
+    assert self.num_blocks == 1
+    return None
+
+  def signal(self, flags, i):
+    pass
+
+  def wait_for(self, flags, i):
+    pass
 
   @staticmethod
   def range_ids(window):
@@ -133,6 +147,57 @@ def test_group_xty_refuses_tiles_that_would_wait_for_themselves():
   config = TileConfig(128, 64, num_stages=1)
   with pytest.raises(ValueError, match="config: num_stages = 1; .* takes 2"):
     group_xty(x, y, routing, y_grouped=True, config=config)
+
+
+@pytest.mark.parametrize("x_grouped", [False, True])
+def test_group_xty_adds_up_the_parts_of_a_long_group(monkeypatch, x_grouped):
+  monkeypatch.setattr(xty_tiles, "_part_rows", lambda *_: ROWS)
+  layout = dict(x_grouped=x_grouped, y_grouped=not x_grouped)
+  x, y = operands(*layout.values(), 64, 192)
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  blocks = (64, 128) if x_grouped else (128, 64)
+  config = TileConfig(*blocks, num_stages=3, num_sms=1)
+  assert make_plan(x, y, routing, *layout.values(), config).most_cuts == 2
+  got = interpreted(x, y, routing, config, races=True, **layout)
+  truth = oracle.group_xty(x, y, IDS, EXPERTS, **layout)
+  assert_accurate(got, truth, xla.group_xty(x, y, routing, **layout))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_cover_each_group_once_longest_first(seed):
+  rng = np.random.default_rng(seed)
+  num_experts = int(rng.integers(1, 30))
+  odds = rng.dirichlet(np.full(num_experts, 0.1))
+  ids = rng.choice(num_experts, (int(rng.integers(1, 60)) * 128, 1), p=odds)
+  routing = route(jnp.asarray(ids, jnp.int32), num_experts)
+  x, y = operands(False, True, 128, 64, ids)
+  config = TileConfig(128, 64, num_stages=3, num_sms=int(rng.integers(1, 9)))
+  plan = make_plan(x, y, routing, False, True, config)
+  parts = parts_of_groups(plan, routing)
+  sizes, found, slots = np.asarray(routing.group_sizes), {}, []
+  starts = np.cumsum(sizes) - sizes
+  for i, expert in enumerate(np.asarray(parts.expert)):
+    if expert < num_experts:
+      found.setdefault(int(expert), []).append(i)
+  order = [sizes[expert] for expert in found]
+  assert order == sorted(sizes, reverse=True)
+  for expert, mine in found.items():
+    assert mine == list(range(mine[0], mine[-1] + 1)), "side by side"
+    bounds = [(int(parts.first[i]), int(parts.end[i])) for i in mine]
+    assert bounds[0][0] == starts[expert]
+    assert bounds[-1][1] == starts[expert] + sizes[expert]
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
+    if len(mine) == 1:
+      continue
+    assert all(plan.part_rows // 3 < end - first for first, end in bounds[:-1])
+    assert all(first < end <= first + plan.part_rows for first, end in bounds)
+    assert all(first % 8 == 0 for first, _ in bounds[1:])
+    others = [int(parts.others[i]) for i in mine]
+    assert others == [-1] * (len(mine) - 1) + [len(mine) - 1]
+    own = [int(parts.slot[i]) for i in mine]
+    assert own[:-1] == list(range(own[-1], own[-1] + len(mine) - 1))
+    slots += own[:-1]
+  assert slots == list(range(len(slots))) and len(slots) <= plan.most_cuts
 
 
 @pytest.mark.timeout(200)  # Ends a deadlock.

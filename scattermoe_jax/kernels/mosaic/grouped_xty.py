@@ -33,13 +33,18 @@ from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Problem
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic import tickets, warpgroup_ops
+from scattermoe_jax.kernels.mosaic.partial_sums import (
+  MULTIPLIERS,
+  PartialSums,
+  workspace,
+)
 from scattermoe_jax.kernels.mosaic.xty_tiles import (
   BLOCK_LEFT,
   Plan,
   Tile,
   columns,
   make_plan,
-  ordered_groups,
+  parts_of_groups,
   tile_at,
 )
 from scattermoe_jax.routing import Routing
@@ -47,7 +52,7 @@ from scattermoe_jax.routing import Routing
 # M = columns of left, N = columns of right, K = rows of one expert, G = E
 
 _ROWS = warpgroup_ops.ROWS
-_PART_LEFT = BLOCK_LEFT // 2
+_PART_LEFT = BLOCK_LEFT // MULTIPLIERS
 
 
 def group_xty(
@@ -90,19 +95,19 @@ def _launch(x, y, routing: Routing, *, plan: Plan, ops: Any):
   left, right = (y, x) if plan.transposed else (x, y)
   shape = (routing.num_experts, x.shape[1], y.shape[1])
   out = jax.ShapeDtypeStruct(shape, x.dtype)
-  dw = _kernel(plan, out, ops)(
-    left, right, routing.scattered_ids, ordered_groups(routing)
+  dw, *_ = _kernel(plan, out, ops)(
+    left, right, routing.scattered_ids, parts_of_groups(plan, routing)
   )
   # plgpu.kernel forgets over which mesh axes its result differs.
   return vary_over(dw, varying_axes(x, y, routing))
 
 
 def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
-  """Returns the launch: (left, right, ids, groups) -> xty."""
+  """Returns the launch: (left, right, ids, parts) -> [xty, ...]."""
   stages = plan.config.num_stages
   return plgpu.kernel(
     functools.partial(_body, plan, ops),
-    out_type=out,
+    out_type=[out, *workspace(plan)],
     scratch_types=dict(
       left_smem=plgpu.SMEM(
         (stages, _ROWS, plan.left.block),
@@ -117,7 +122,7 @@ def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
       out_smem=plgpu.SMEM(
         (2, 2, _PART_LEFT, lt.COLUMNS),
         plan.dtype,
-        transforms=_store_transforms(out.shape[2]),
+        transforms=lt.store_transforms(out.shape[2]),
       ),
       full=plgpu.Barrier(
         num_arrivals=1 + plan.left.by_tma + plan.right.by_tma,
@@ -138,32 +143,24 @@ def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
   )
 
 
-def _store_transforms(width: int):
-  # TMA wants whole tiles of the output too; narrower ones for odd widths.
-  cols = next(c for c in (64, 32, 16, 8) if width % c == 0)
-  tiling = plgpu.TilingTransform((8, cols))
-  if cols == 8:
-    return (tiling,)
-  return (tiling, plgpu.SwizzleTransform(2 * cols))
-
-
-def _body(plan, ops, left, right, ids, groups, out, **scratch):
+def _body(plan, ops, left, right, ids, parts, out, *sums, **scratch):
   """One block: a loader and two multipliers, each walking the same tiles."""
   warpgroup = lax.axis_index("warpgroup")
+  partial_sums = PartialSums.of(plan, ops, sums, warpgroup)
   queue = tickets.Queue(*(scratch.pop(k) for k in ("ring", "drawn", "taken")))
 
   @pl.when(warpgroup == 2)
   def _():
     plgpu.set_max_registers(72, action="decrease")
-    _load_tiles(plan, ops, queue, groups, left, right, ids, scratch)
+    _load_tiles(plan, ops, queue, parts, left, right, ids, scratch)
 
   @pl.when(warpgroup < 2)
   def _():
     plgpu.set_max_registers(216, action="increase")
-    _multiply_tiles(plan, queue, groups, warpgroup, out, scratch)
+    _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch)
 
 
-def _load_tiles(plan, ops, queue, groups, left, right, ids, scratch):
+def _load_tiles(plan, ops, queue, parts, left, right, ids, scratch):
   """Fills a ring of stages with the steps of all tiles, one after another."""
   stages, lag = plan.config.num_stages, plan.lag
   full, empty = scratch["full"], scratch["empty"]
@@ -175,13 +172,13 @@ def _load_tiles(plan, ops, queue, groups, left, right, ids, scratch):
   draw = functools.partial(queue.draw, counter=counter, increment=ops.increment)
 
   def tile(i) -> Tile:
-    return tile_at(plan, groups, queue.read(i))
+    return tile_at(plan, parts, queue.read(i))
 
   def row_ids(t: Tile, k):
     """Ids of the rows of step k, if an operand reads them."""
     if not (plan.left.gathered or plan.right.gathered):
       return ()
-    return ops.load_ids(ids, _window(t, k))
+    return ops.load_ids(ids, t.window(k))
 
   def load_tile(carry):
     i, step, t, ids, after = carry
@@ -254,7 +251,7 @@ def _load_tiles(plan, ops, queue, groups, left, right, ids, scratch):
 def _load_step(ops, side_refs, t: Tile, k, col, ids, slot, full):
   """Starts loading one operand of step k of a tile to a slot."""
   side, source, smem = side_refs
-  window = _window(t, k)
+  window = t.window(k)
 
   def copy_rows(ids, fan_out=1):
     place = dict(column=col, width=side.width, fan_out=fan_out)
@@ -281,11 +278,7 @@ def _load_step(ops, side_refs, t: Tile, k, col, ids, slot, full):
     plgpu.barrier_arrive(full.at[slot])
 
 
-def _window(t: Tile, k):
-  return t.start + k * _ROWS, t.first, t.end
-
-
-def _multiply_tiles(plan, queue, groups, warpgroup, out, scratch):
+def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
   """Sums left^T right over the steps of each tile; stores the tile before.
 
   A finished tile is held in 16 bits, and its pieces leave between the first
@@ -295,9 +288,10 @@ def _multiply_tiles(plan, queue, groups, warpgroup, out, scratch):
   full, empty = scratch["full"], scratch["empty"]
   stages = plan.config.num_stages
   my_cols = pl.ds(warpgroup * _PART_LEFT, _PART_LEFT)
+  columns_of_chunks = range(0, plan.right.block, lt.COLUMNS)
 
   def tile(i) -> Tile:
-    t = tile_at(plan, groups, queue.read(i))
+    t = tile_at(plan, parts, queue.read(i))
     queue.release(i)
     return t
 
@@ -341,11 +335,19 @@ def _multiply_tiles(plan, queue, groups, warpgroup, out, scratch):
 
     shape = (_PART_LEFT, plan.right.block)
     sums = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-    return i + 1, step + t.num_steps, following, sums.astype(plan.dtype), t
+    chunks = [sums[:, i : i + lt.COLUMNS] for i in columns_of_chunks]
+    done = t
+    if partial_sums is not None:
+      chunks = partial_sums.join(t, chunks)
+      done = t._replace(number=jnp.where(t.others < 0, -1, t.number))
+    held = [chunk.astype(plan.dtype) for chunk in chunks]
+    return i + 1, step + t.num_steps, following, held, done
 
   zero, first = jnp.int32(0), tile(0)
   none = first._replace(number=jnp.int32(-1))
-  held = jnp.zeros((_PART_LEFT, plan.right.block), plan.dtype)
+  held = [
+    jnp.zeros((_PART_LEFT, lt.COLUMNS), plan.dtype) for _ in columns_of_chunks
+  ]
   *_, held, last = lax.while_loop(
     lambda carry: carry[2].number < plan.num_tiles,
     multiply_tile,
@@ -367,16 +369,15 @@ def _pieces(plan, t: Tile, held, warpgroup, out, out_smem) -> list:
   buffers = min(2, num_pieces)
 
   def store(i):
-    piece = held[:, i * lt.COLUMNS : (i + 1) * lt.COLUMNS]
     cols_out = pl.ds(right_col + i * lt.COLUMNS, lt.COLUMNS)
     buffer = out_smem.at[warpgroup, i % buffers]
     # Wait until TMA has read what this buffer held, be it the last tile's.
     plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
     if plan.transposed:
-      buffer.transpose((1, 0))[...] = piece
+      buffer.transpose((1, 0))[...] = held[i]
       target = out.at[t.expert, cols_out, rows_out]
     else:
-      buffer[...] = piece
+      buffer[...] = held[i]
       target = out.at[t.expert, rows_out, cols_out]
     plgpu.commit_smem()
 

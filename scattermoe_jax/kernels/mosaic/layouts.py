@@ -176,3 +176,13 @@ def cdiv(a, b):
 
 def int32(value) -> jax.Array:
   return jnp.asarray(value, jnp.int32)
+
+
+def store_transforms(width: int):
+  """Returns the layout of pieces that TMA stores to rows of that width."""
+  # TMA wants whole tiles of the output too; narrower ones for odd widths.
+  cols = next(c for c in (64, 32, 16, 8) if width % c == 0)
+  tiling = plgpu.TilingTransform((8, cols))
+  if cols == 8:
+    return (tiling,)
+  return (tiling, plgpu.SwizzleTransform(2 * cols))

@@ -167,6 +167,22 @@ def new_counter():
   return pl.get_global(plgpu.SemaphoreType.REGULAR)
 
 
+def new_flags(count: int):
+  """Returns flags in global memory, unset when the kernel starts."""
+  return pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))
+
+
+def signal(flags, i) -> None:
+  """Sets flags[i], after all that this warpgroup has stored."""
+  plgpu.commit_smem()  # Until all of its threads have.
+  pl.semaphore_signal(flags.at[i])
+
+
+def wait_for(flags, i) -> None:
+  """Waits until flags[i] is set."""
+  pl.semaphore_wait(flags.at[i])
+
+
 def increment(counter, ring, place, turn) -> None:
   """Writes the counter's next number to ring[place].
 

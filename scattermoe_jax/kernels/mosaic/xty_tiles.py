@@ -7,10 +7,16 @@ one expert. Left is the side of 128 columns.
                        0  1 | 6  7          few rows and columns between them
                 left   2  3 | 8  9          when their tiles form a square:
                        4  5 | 10 11         bands of `band_n` tiles (here 2).
+
+Where an expert has few tiles and most of the rows, a tile of all its rows would
+end last, alone. Such a group is cut into parts, each with tiles of its own:
+
+  group      0            1     2   3       longest first; 0 is cut in three
+  part       0   1   2    3     4   5       tiles are numbered in this order
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,6 +29,8 @@ from scattermoe_jax.kernels.schedule import sum_where
 from scattermoe_jax.routing import Routing
 
 BLOCK_LEFT = 128
+# Rows below which a part is all start and end.
+_LEAST_ROWS = 1024
 
 
 class Side(NamedTuple):
@@ -44,7 +52,18 @@ class Side(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """All that the kernel depends on: equal plans are one compilation."""
+  """All that the kernel depends on: equal plans are one compilation.
+
+  Attributes:
+    left: the operand whose columns are cut in blocks of 128.
+    right: the other.
+    transposed: whether left is y.
+    num_experts: E.
+    dtype: of both operands and of the result.
+    config: the tiles.
+    most_cuts: how many more parts there may be than groups.
+    part_rows: rows above which a group is cut.
+  """
 
   left: Side
   right: Side
@@ -52,6 +71,24 @@ class Plan(NamedTuple):
   num_experts: int
   dtype: jnp.dtype
   config: TileConfig
+  most_cuts: int
+  part_rows: int
+
+  @property
+  def num_parts(self) -> int:
+    """The most parts of all groups together."""
+    return self.num_experts + self.most_cuts
+
+  @property
+  def per_part(self) -> int:
+    """Tiles of a part."""
+    return self.tiles_left * self.tiles_right
+
+  @property
+  def aligned(self) -> int:
+    """What the first row of a tile is a multiple of."""
+    # TMA reads tiles of 8 rows.
+    return 8 if self.left.by_tma or self.right.by_tma else 1
 
   @property
   def tiles_left(self) -> int:
@@ -65,8 +102,8 @@ class Plan(NamedTuple):
 
   @property
   def num_tiles(self) -> int:
-    """Tiles of all experts."""
-    return self.num_experts * self.tiles_left * self.tiles_right
+    """The most tiles of all parts."""
+    return self.num_parts * self.per_part
 
   @property
   def lag(self) -> int:
@@ -87,6 +124,12 @@ def make_plan(
   x_side = _side(x, x_grouped, config.block_m, routing.num_rows)
   y_side = _side(y, y_grouped, config.block_n, routing.num_rows)
   transposed = _is_transposed(x_side, y_side)
+  part_rows = _part_rows(x_side, y_side, routing.num_rows, config.num_sms)
+  most_cuts = 0
+  # Choices of one token differ: an expert has at most a row of each.
+  if part_rows < routing.num_tokens:
+    # A group of several parts has more than `part_rows` for each but the last.
+    most_cuts = (routing.num_rows - 1) // part_rows
   return Plan(
     left=y_side if transposed else x_side,
     right=x_side if transposed else y_side,
@@ -94,7 +137,16 @@ def make_plan(
     num_experts=routing.num_experts,
     dtype=x.dtype,
     config=config,
+    most_cuts=most_cuts,
+    part_rows=part_rows,
   )
+
+
+def _part_rows(x: Side, y: Side, num_rows: int, num_sms: int) -> int:
+  """Returns the rows of a tile that would be a block's fair share of all."""
+  tiles = pl.cdiv(x.width, x.block) * pl.cdiv(y.width, y.block)
+  fair = pl.cdiv(num_rows * tiles, num_sms)
+  return max(pl.cdiv(fair, ROWS) * ROWS, _LEAST_ROWS)
 
 
 def _side(operand, grouped: bool, block: int, num_rows: int) -> Side:
@@ -110,13 +162,32 @@ def _is_transposed(x: Side, y: Side) -> bool:
   return y.block == BLOCK_LEFT and x.block != BLOCK_LEFT
 
 
-def ordered_groups(routing: Routing) -> tuple[Array, Array, Array]:
-  """Returns (expert, first row, end) of each group, the largest group first.
+class Parts(NamedTuple):
+  """The parts of all groups, those of the largest group first.
+
+  Attributes:
+    expert: of each part; E for parts that there are not, the last.
+    first: its first row.
+    end: the row after its last.
+    others: how many parts come before it in its group, if it is the last; -1 if
+      it is not. None where none is cut.
+    slot: where its sums are kept until the last adds them, counted in parts; of
+      the last, where those of its group begin. None where none is cut.
+  """
+
+  expert: Int[Array, " P"]
+  first: Int[Array, " P"]
+  end: Int[Array, " P"]
+  others: Any  # Int[Array, " P"] | None
+  slot: Any  # Int[Array, " P"] | None
+
+
+def parts_of_groups(plan: Plan, routing: Routing) -> Parts:
+  """Returns the parts of all groups, by comparing all with all.
 
   Long tiles first leave short ones to fill the end of the launch, and the
-  loader counts on those without rows to be the last. Ranked and counted by
-  comparing all with all: two small kernels, where a sort and a cumulative sum
-  are several.
+  loader counts on those without rows to be the last. Comparing takes few small
+  kernels, where a sort and cumulative sums are several each.
   """
   sizes = routing.group_sizes
   experts = jnp.arange(sizes.shape[0], dtype=jnp.int32)
@@ -128,8 +199,36 @@ def ordered_groups(routing: Routing) -> tuple[Array, Array, Array]:
   rank, first = lax.optimization_barrier(
     (jnp.sum(is_longer, axis=1, dtype=jnp.int32), sum_where(is_earlier, sizes))
   )
-  pick = functools.partial(sum_where, rank[None, :] == experts[:, None])
-  return pick(experts), pick(first), pick(first + sizes)
+  if not plan.most_cuts:
+    pick = functools.partial(sum_where, rank[None, :] == experts[:, None])
+    return Parts(pick(experts), pick(first), pick(first + sizes), None, None)
+  start, length, count = _cuts(plan, first, sizes)
+  before = lax.optimization_barrier(
+    sum_where(rank[None, :] < rank[:, None], count)
+  )
+  numbers = jnp.arange(plan.num_parts, dtype=jnp.int32)
+  nth = numbers[:, None] - before[None, :]
+  pick = functools.partial(sum_where, (nth >= 0) & (nth < count[None, :]))
+  nth = numbers - pick(before)
+  start, end = pick(start) + nth * pick(length), pick(first + sizes)
+  is_last = nth == pick(count) - 1
+  return Parts(
+    jnp.where(pick(jnp.ones_like(count)) > 0, pick(experts), plan.num_experts),
+    jnp.maximum(pick(first), start),
+    jnp.minimum(end, start + pick(length)),
+    jnp.where(is_last, nth, -1),
+    pick(before - rank) + jnp.where(is_last, 0, nth),
+  )
+
+
+def _cuts(plan: Plan, first, sizes):
+  """Returns each group's first aligned row, rows of a part, and parts."""
+  start = first // plan.aligned * plan.aligned
+  span = first + sizes - start
+  length = pl.cdiv(span, jnp.maximum(pl.cdiv(sizes, plan.part_rows), 1))
+  # No part is empty but of an empty group: those are the last tiles.
+  length = jnp.maximum(pl.cdiv(length, ROWS), 1) * ROWS
+  return start, length, jnp.maximum(pl.cdiv(span, length), 1)
 
 
 class Tile(NamedTuple):
@@ -140,10 +239,12 @@ class Tile(NamedTuple):
     expert: its expert.
     left_col: its first column of left.
     right_col: its first column of right.
-    first: first row of the expert.
-    end: row after the expert's last.
+    first: first row of the part.
+    end: row after the part's last.
     start: first row of the first step: `first`, or the multiple of 8 below.
     num_steps: steps of 64 rows.
+    others: as of its part.
+    slot: as of its part, counted in tiles.
   """
 
   number: Int[Array, ""]
@@ -154,32 +255,41 @@ class Tile(NamedTuple):
   end: Int[Array, ""]
   start: Int[Array, ""]
   num_steps: Int[Array, ""]
+  others: Any  # Int[Array, ""] | None
+  slot: Any  # Int[Array, ""] | None
+
+  def window(self, k):
+    """Returns the first row of step k, and which rows count: [first, end)."""
+    return self.start + k * ROWS, self.first, self.end
 
 
-def tile_at(plan: Plan, groups, index) -> Tile:
-  """Returns the tile of that number, of groups ordered as `ordered_groups`."""
-  experts, firsts, ends = groups
-  per_expert = plan.tiles_left * plan.tiles_right
-  group = jnp.minimum(index // per_expert, plan.num_experts - 1)
-  within = lax.rem(index, per_expert)
+def tile_at(plan: Plan, parts: Parts, index) -> Tile:
+  """Returns the tile of that number."""
+  part = jnp.minimum(index // plan.per_part, plan.num_parts - 1)
+  within = lax.rem(index, plan.per_part)
   band = plan.config.band_n or plan.tiles_right
   band_start = within // (plan.tiles_left * band) * band
   band_width = jnp.minimum(band, plan.tiles_right - band_start)
   place = within - plan.tiles_left * band_start
-  first, end = firsts[group], ends[group]
-  start = first
-  if plan.left.by_tma or plan.right.by_tma:
-    start = first // 8 * 8
+  expert, first, end = (a[part] for a in parts[:3])
+  start = first // plan.aligned * plan.aligned
+  others = slot = None
+  if plan.most_cuts:
+    index = jnp.where(expert < plan.num_experts, index, plan.num_tiles)
+    others = parts.others[part]
+    slot = parts.slot[part] * plan.per_part + within
   num_steps = (end - start + (ROWS - 1)) // ROWS
   return Tile(
     index,
-    experts[group],
+    expert,
     place // band_width * plan.left.block,
     (band_start + lax.rem(place, band_width)) * plan.right.block,
     first,
     end,
     start,
     jnp.where(end > first, num_steps, 0),
+    others,
+    slot,
   )
 
 
