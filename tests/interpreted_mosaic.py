@@ -1,8 +1,9 @@
 """The Hopper kernels in Mosaic's interpreter, on a CPU.
 
 The interpreter runs everything but PTX written by hand: the copies of gathered
-rows. In their place stands one copy for each row, counted by the same barrier,
-so that the schedule, the ring of stages and the epilogues are the real ones.
+rows, and the pace of blocks. In place of the first stands one copy for each
+row, counted by the same barrier, so that the schedule, the ring of stages and
+the epilogues are the real ones; nothing stands in place of the second.
 """
 
 import functools
@@ -18,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from scattermoe_jax.kernels import mosaic
 from scattermoe_jax.kernels.config import TileConfig
-from scattermoe_jax.kernels.mosaic import grouped_matmul
+from scattermoe_jax.kernels.mosaic import grouped_matmul, pace
 
 SMALL = TileConfig(block_m=128, block_n=128, num_stages=3, num_sms=2)
 
@@ -69,6 +70,19 @@ class SingleRows(NamedTuple):
     plgpu.wait_smem_to_gmem(0)
 
 
+class NoPace(pace.Pace):
+  """Stands in for `pace.Pace`."""
+
+  def __init__(self, num_blocks):
+    pass
+
+  def report(self, count):
+    pass
+
+  def keep(self, epoch):
+    pass
+
+
 def mosaic_interpreted(config: TileConfig = SMALL, **params) -> SimpleNamespace:
   """Returns the backend, its kernels interpreted with small tiles.
 
@@ -83,7 +97,8 @@ def mosaic_interpreted(config: TileConfig = SMALL, **params) -> SimpleNamespace:
       interpret = plgpu.force_gpu_interpret_mode(
         plgpu.InterpretGPUParams(**params)
       )
-      with mock.patch.object(grouped_matmul, "RowCopies", SingleRows):
+      stand_ins = dict(RowCopies=SingleRows, Pace=NoPace)
+      with mock.patch.multiple(grouped_matmul, **stand_ins):
         with interpret:
           call = functools.partial(function, config=config, **kwargs)
           return jax.block_until_ready(jax.jit(call)(*args))

@@ -224,6 +224,49 @@ def test_layers_of_a_model_share_their_kernels():
 
 
 @needs_mosaic
+@pytest.mark.parametrize("steps_missing, kept", [(0, 1), (1, 0)])
+def test_blocks_keep_pace_where_a_tile_is_long(steps_missing, kept):
+  from scattermoe_jax.kernels.mosaic.pace import STEPS
+
+  d = (STEPS - steps_missing) * 64
+  sd, E, n = jax.ShapeDtypeStruct, 4, 256
+  args = (
+    sd((512, d), "bfloat16"),
+    sd((E, d, n), "bfloat16"),
+    sd((512, 2), "int32"),
+  )
+  device = AbstractDevice("NVIDIA H200", 132, "gpu")
+  with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    step = jax.jit(
+      lambda x, w, ids: mosaic.scatter2scatter(x, w, route(ids, E))
+    )
+    text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("nanosleep") == kept
+
+
+@pytest.mark.gpu
+def test_blocks_that_keep_pace_are_right_on_gpu():
+  # Bands of columns, so that tiles without a step come between others.
+  T, d, n, E, k = 3000, 4096, 4096, 8, 2
+  rng = np.random.default_rng(0)
+  ids = np.argsort(rng.random((T, E)), axis=1)[:, :k]
+  ids = np.where(rng.random(ids.shape) < 0.4, E, ids).astype(np.int32)
+  x, w = normal(rng, T, d), normal(rng, E, d, n)
+  config = TileConfig(128, 256, num_stages=4, band_n=4, num_sms=132)
+  y = mosaic.scatter2scatter(x, w, route(jnp.asarray(ids), E), config=config)
+  y = np.asarray(y).reshape(T, k, n)
+  assert not np.any(y[ids == E])
+  for expert in range(E):
+    tokens, choices = np.nonzero(ids == expert)
+    some = rng.permutation(tokens.size)[:20]
+    rows = x[tokens[some]]
+    truth = np.asarray(rows, np.float64) @ np.asarray(w[expert], np.float64)
+    assert_accurate(
+      y[tokens[some], choices[some]], truth, jnp.dot(rows, w[expert])
+    )
+
+
+@needs_mosaic
 def test_runs_on_hopper_alone():
   assert mosaic.check(PROBLEM) is None
   a100 = Device("gpu", "NVIDIA A100", (8, 0), 108)
