@@ -31,7 +31,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from scattermoe_jax.kernels.mosaic import xty_tiles
 from scattermoe_jax.kernels.mosaic.grouped_xty import group_xty
 from scattermoe_jax.kernels.mosaic.tickets import RING
-from scattermoe_jax.kernels.mosaic.xty_tiles import make_plan, parts_of_groups
+from scattermoe_jax.kernels.mosaic.xty_tiles import (
+  make_plan,
+  part_at,
+  parts_of_groups,
+)
 
 ROWS = 64
 
@@ -173,7 +177,8 @@ def test_parts_cover_each_group_once_longest_first(seed):
   x, y = operands(False, True, 128, 64, ids)
   config = TileConfig(128, 64, num_stages=3, num_sms=int(rng.integers(1, 9)))
   plan = make_plan(x, y, routing, False, True, config)
-  parts = parts_of_groups(plan, routing)
+  numbers = jnp.arange(plan.num_parts)
+  parts = part_at(plan, parts_of_groups(plan, routing), numbers)
   sizes, found, slots = np.asarray(routing.group_sizes), {}, []
   starts = np.cumsum(sizes) - sizes
   for i, expert in enumerate(np.asarray(parts.expert)):

@@ -15,7 +15,6 @@ end last, alone. Such a group is cut into parts, each with tiles of its own:
   part       0   1   2    3     4   5       tiles are numbered in this order
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -163,10 +162,73 @@ def _is_transposed(x: Side, y: Side) -> bool:
 
 
 class Parts(NamedTuple):
-  """The parts of all groups, those of the largest group first.
+  """Of each part its group, for `part_at`; all 0 for parts that there are not.
 
   Attributes:
-    expert: of each part; E for parts that there are not, the last.
+    expert: its expert less E.
+    first: its first row.
+    end: the row after its last.
+    length: rows of one of its parts. None where no group is cut, like the rest.
+    count: its parts.
+    before: parts before its first.
+    rank: groups before it.
+  """
+
+  expert: Int[Array, " P"]
+  first: Int[Array, " P"]
+  end: Int[Array, " P"]
+  length: Any = None  # Int[Array, " P"] | None
+  count: Any = None
+  before: Any = None
+  rank: Any = None
+
+
+def parts_of_groups(plan: Plan, routing: Routing) -> Parts:
+  """Returns the parts of all groups, those of the longest group first.
+
+  Long tiles first leave short ones to fill the end of the launch, and the
+  loader counts on those without rows to be the last. Comparing all with all
+  takes few small kernels, where a sort and cumulative sums are several each;
+  what can be said of one part alone is left to `part_at`.
+  """
+  sizes = routing.group_sizes
+  experts = jnp.arange(sizes.shape[0], dtype=jnp.int32)
+  is_earlier = experts[None, :] < experts[:, None]
+  is_longer = (sizes[None, :] > sizes[:, None]) | (
+    (sizes[None, :] == sizes[:, None]) & is_earlier
+  )
+  # Without the barriers XLA would count once more for every pick.
+  rank, first = lax.optimization_barrier(
+    (jnp.sum(is_longer, axis=1, dtype=jnp.int32), sum_where(is_earlier, sizes))
+  )
+  group = (experts - plan.num_experts, first, first + sizes)
+  if not plan.most_cuts:
+    is_here = rank[None, :] == experts[:, None]
+    return Parts(*(sum_where(is_here, of_group) for of_group in group))
+  length, count = _cuts(plan, first, sizes)
+  before = lax.optimization_barrier(
+    sum_where(rank[None, :] < rank[:, None], count)
+  )
+  nth = jnp.arange(plan.num_parts, dtype=jnp.int32)[:, None] - before[None, :]
+  is_here = (nth >= 0) & (nth < count[None, :])
+  cuts = (length, count, before, rank)
+  return Parts(*(sum_where(is_here, of_group) for of_group in group + cuts))
+
+
+def _cuts(plan: Plan, first, sizes):
+  """Returns the rows of each group's parts, and how many parts."""
+  span = first % plan.aligned + sizes
+  length = pl.cdiv(span, jnp.maximum(pl.cdiv(sizes, plan.part_rows), 1))
+  # No part is empty but of an empty group: those are the last tiles.
+  length = jnp.maximum(pl.cdiv(length, ROWS), 1) * ROWS
+  return length, jnp.maximum(pl.cdiv(span, length), 1)
+
+
+class Part(NamedTuple):
+  """A part of a group's rows, as scalars.
+
+  Attributes:
+    expert: its expert; E for a part that there is not.
     first: its first row.
     end: the row after its last.
     others: how many parts come before it in its group, if it is the last; -1 if
@@ -175,60 +237,30 @@ class Parts(NamedTuple):
       the last, where those of its group begin. None where none is cut.
   """
 
-  expert: Int[Array, " P"]
-  first: Int[Array, " P"]
-  end: Int[Array, " P"]
-  others: Any  # Int[Array, " P"] | None
-  slot: Any  # Int[Array, " P"] | None
+  expert: Int[Array, ""]
+  first: Int[Array, ""]
+  end: Int[Array, ""]
+  others: Any = None  # Int[Array, ""] | None
+  slot: Any = None  # Int[Array, ""] | None
 
 
-def parts_of_groups(plan: Plan, routing: Routing) -> Parts:
-  """Returns the parts of all groups, by comparing all with all.
-
-  Long tiles first leave short ones to fill the end of the launch, and the
-  loader counts on those without rows to be the last. Comparing takes few small
-  kernels, where a sort and cumulative sums are several each.
-  """
-  sizes = routing.group_sizes
-  experts = jnp.arange(sizes.shape[0], dtype=jnp.int32)
-  is_earlier = experts[None, :] < experts[:, None]
-  is_longer = (sizes[None, :] > sizes[:, None]) | (
-    (sizes[None, :] == sizes[:, None]) & is_earlier
-  )
-  # Without the barrier XLA would count once more for every pick.
-  rank, first = lax.optimization_barrier(
-    (jnp.sum(is_longer, axis=1, dtype=jnp.int32), sum_where(is_earlier, sizes))
-  )
+def part_at(plan: Plan, parts: Parts, number) -> Part:
+  """Returns the part of that number."""
+  expert, first, end, *cuts = (a[number] for a in parts if a is not None)
+  expert += plan.num_experts
   if not plan.most_cuts:
-    pick = functools.partial(sum_where, rank[None, :] == experts[:, None])
-    return Parts(pick(experts), pick(first), pick(first + sizes), None, None)
-  start, length, count = _cuts(plan, first, sizes)
-  before = lax.optimization_barrier(
-    sum_where(rank[None, :] < rank[:, None], count)
-  )
-  numbers = jnp.arange(plan.num_parts, dtype=jnp.int32)
-  nth = numbers[:, None] - before[None, :]
-  pick = functools.partial(sum_where, (nth >= 0) & (nth < count[None, :]))
-  nth = numbers - pick(before)
-  start, end = pick(start) + nth * pick(length), pick(first + sizes)
-  is_last = nth == pick(count) - 1
-  return Parts(
-    jnp.where(pick(jnp.ones_like(count)) > 0, pick(experts), plan.num_experts),
-    jnp.maximum(pick(first), start),
-    jnp.minimum(end, start + pick(length)),
+    return Part(expert, first, end)
+  length, count, before, rank = cuts
+  nth = number - before
+  start = first // plan.aligned * plan.aligned + nth * length
+  is_last = nth == count - 1
+  return Part(
+    expert,
+    jnp.maximum(first, start),
+    jnp.minimum(end, start + length),
     jnp.where(is_last, nth, -1),
-    pick(before - rank) + jnp.where(is_last, 0, nth),
+    before - rank + jnp.where(is_last, 0, nth),
   )
-
-
-def _cuts(plan: Plan, first, sizes):
-  """Returns each group's first aligned row, rows of a part, and parts."""
-  start = first // plan.aligned * plan.aligned
-  span = first + sizes - start
-  length = pl.cdiv(span, jnp.maximum(pl.cdiv(sizes, plan.part_rows), 1))
-  # No part is empty but of an empty group: those are the last tiles.
-  length = jnp.maximum(pl.cdiv(length, ROWS), 1) * ROWS
-  return start, length, jnp.maximum(pl.cdiv(span, length), 1)
 
 
 class Tile(NamedTuple):
@@ -271,13 +303,11 @@ def tile_at(plan: Plan, parts: Parts, index) -> Tile:
   band_start = within // (plan.tiles_left * band) * band
   band_width = jnp.minimum(band, plan.tiles_right - band_start)
   place = within - plan.tiles_left * band_start
-  expert, first, end = (a[part] for a in parts[:3])
+  expert, first, end, others, slot = part_at(plan, parts, part)
   start = first // plan.aligned * plan.aligned
-  others = slot = None
   if plan.most_cuts:
     index = jnp.where(expert < plan.num_experts, index, plan.num_tiles)
-    others = parts.others[part]
-    slot = parts.slot[part] * plan.per_part + within
+    slot = slot * plan.per_part + within
   num_steps = (end - start + (ROWS - 1)) // ROWS
   return Tile(
     index,
