@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from scattermoe_jax._compat import current_device
+from scattermoe_jax._compat import Device, current_device
 from scattermoe_jax.kernels import Problem, mosaic, tuning, xla
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.routing import route
@@ -165,6 +165,25 @@ def test_group_xty_adds_up_the_parts_of_a_long_group(monkeypatch, x_grouped):
   got = interpreted(x, y, routing, config, races=True, **layout)
   truth = oracle.group_xty(x, y, IDS, EXPERTS, **layout)
   assert_accurate(got, truth, xla.group_xty(x, y, routing, **layout))
+
+
+@pytest.mark.parametrize("gathered", ["x", "y"])
+@pytest.mark.parametrize("d, n", [(512, 4096), (4096, 512), (64, 2048)])
+def test_a_band_is_fewer_tiles_than_all(gathered, d, n):
+  op = f"group_xty_gathered_{gathered}"
+  device = Device("gpu", "NVIDIA H200", (9, 0), 132)
+  problem = Problem(IDS.size, EXPERTS, d, n, "bfloat16", device)
+  rule, tried = tuning.heuristic(op, problem), tuning.candidates(op, problem)
+  assert rule in tried
+  grouped = gathered != "x", gathered != "y"
+  x, y = operands(*grouped, d, n)
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  bands = set()
+  for config in tried:
+    plan = make_plan(x, y, routing, *grouped, config)
+    assert config.band_n < plan.tiles_right
+    bands.add(config.band_n)
+  assert len(bands) > 1
 
 
 @pytest.mark.parametrize("seed", range(20))

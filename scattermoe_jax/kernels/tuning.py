@@ -103,6 +103,8 @@ def heuristic(op: str, problem: Problem) -> TileConfig:
   else:
     blocks = (128, 256 if problem.d_out > 128 else 128)
     band_n = _BAND if problem.d_out > _MANY_TILES * blocks[1] else 0
+  if band_n >= _tiles_of_a_row(op, problem, blocks):
+    band_n = 0
   config = TileConfig(*blocks, num_sms=num_sms, band_n=band_n)
   stages = max(s for s in range(2, 9) if _fits(config, num_stages=s))
   return dataclasses.replace(config, num_stages=stages)
@@ -176,11 +178,11 @@ def candidates(op: str, problem: Problem) -> list[TileConfig]:
   _check_op(op)
   num_sms = problem.device.num_cores or _H200_SMS
   found = []
-  for block_m, block_n in _blocks(op):
-    for band_n in (0, 4, 8, 16):
-      if band_n * min(block_m, block_n) >= max(problem.d_in, problem.d_out):
-        continue
-      config = TileConfig(block_m, block_n, band_n=band_n, num_sms=num_sms)
+  for blocks in _blocks(op):
+    # A band of all tiles is none.
+    tiles = _tiles_of_a_row(op, problem, blocks)
+    for band_n in (band for band in (0, 4, 8, 16) if band < tiles):
+      config = TileConfig(*blocks, band_n=band_n, num_sms=num_sms)
       stages = [s for s in range(2, 9) if _fits(config, num_stages=s)]
       for num_stages in stages[-2:]:
         found.append(dataclasses.replace(config, num_stages=num_stages))
@@ -217,6 +219,19 @@ def _blocks(op: str) -> list[tuple[int, int]]:
   if op == "group_xty_gathered_x":
     return [(128, 256), (128, 128), (128, 64), (64, 128), (256, 128)]
   return [(128, 256), (128, 128), (128, 64)]
+
+
+def _tiles_of_a_row(op: str, problem: Problem, blocks: tuple[int, int]) -> int:
+  """Returns how many tiles lie side by side: what a band is cut from."""
+  block_m, block_n = blocks
+  if op == "group_xty_gathered_y" and block_m == block_n:
+    is_transposed = True
+  else:
+    # 128 columns on one side, whichever it is; the other is cut into bands.
+    is_transposed = op.startswith("group_xty") and block_n == 128 != block_m
+  if is_transposed:
+    return -(-problem.d_in // block_m)
+  return -(-problem.d_out // block_n)
 
 
 def _xty_blocks(op: str, problem: Problem) -> tuple[int, int]:
