@@ -153,9 +153,14 @@ def test_group_xty_refuses_tiles_that_would_wait_for_themselves():
     group_xty(x, y, routing, y_grouped=True, config=config)
 
 
+def cut_to_steps(monkeypatch):
+  monkeypatch.setattr(xty_tiles, "_part_rows", lambda *_: ROWS)
+  monkeypatch.setattr(xty_tiles, "_LEAST_ROWS", ROWS)
+
+
 @pytest.mark.parametrize("x_grouped", [False, True])
 def test_group_xty_adds_up_the_parts_of_a_long_group(monkeypatch, x_grouped):
-  monkeypatch.setattr(xty_tiles, "_part_rows", lambda *_: ROWS)
+  cut_to_steps(monkeypatch)
   layout = dict(x_grouped=x_grouped, y_grouped=not x_grouped)
   x, y = operands(*layout.values(), 64, 192)
   routing = route(jnp.asarray(IDS), EXPERTS)
@@ -165,6 +170,21 @@ def test_group_xty_adds_up_the_parts_of_a_long_group(monkeypatch, x_grouped):
   got = interpreted(x, y, routing, config, races=True, **layout)
   truth = oracle.group_xty(x, y, IDS, EXPERTS, **layout)
   assert_accurate(got, truth, xla.group_xty(x, y, routing, **layout))
+
+
+def test_parts_that_are_not_stored_leave_a_tile_on_its_way_out(monkeypatch):
+  # A tile is stored in pieces by way of two buffers, after that a part is not,
+  # whose sums wait for those of the next.
+  cut_to_steps(monkeypatch)
+  ids = np.array([[0]] * 130 + [[1]] * 134, np.int32)
+  x, y = operands(False, True, 64, 128, ids)
+  routing = route(jnp.asarray(ids), 2)
+  config = TileConfig(128, 128, num_stages=3, num_sms=1)
+  plan = make_plan(x, y, routing, False, True, config)
+  assert parts_of_groups(plan, routing).count.tolist()[:4] == [2] * 4
+  got = interpreted(x, y, routing, config, races=True, y_grouped=True)
+  truth = oracle.group_xty(x, y, ids, 2, y_grouped=True)
+  assert_accurate(got, truth, xla.group_xty(x, y, routing, y_grouped=True))
 
 
 @pytest.mark.parametrize("gathered", ["x", "y"])
@@ -186,16 +206,19 @@ def test_a_band_is_fewer_tiles_than_all(gathered, d, n):
   assert len(bands) > 1
 
 
+@pytest.mark.parametrize("y_by_tma", [True, False])
 @pytest.mark.parametrize("seed", range(20))
-def test_parts_cover_each_group_once_longest_first(seed):
+def test_parts_cover_each_group_once_longest_first(seed, y_by_tma):
   rng = np.random.default_rng(seed)
   num_experts = int(rng.integers(1, 30))
-  odds = rng.dirichlet(np.full(num_experts, 0.1))
-  ids = rng.choice(num_experts, (int(rng.integers(1, 60)) * 128, 1), p=odds)
+  odds = rng.dirichlet(np.full(num_experts + 1, 0.1))
+  # Some choices are not here.
+  ids = rng.choice(num_experts + 1, (int(rng.integers(1, 60)) * 128, 1), p=odds)
   routing = route(jnp.asarray(ids, jnp.int32), num_experts)
-  x, y = operands(False, True, 128, 64, ids)
+  x, y = operands(False, True, 128, 64 if y_by_tma else 56, ids)
   config = TileConfig(128, 64, num_stages=3, num_sms=int(rng.integers(1, 9)))
   plan = make_plan(x, y, routing, False, True, config)
+  assert plan.aligned == (8 if y_by_tma else 1)
   numbers = jnp.arange(plan.num_parts)
   parts = part_at(plan, parts_of_groups(plan, routing), numbers)
   sizes, found, slots = np.asarray(routing.group_sizes), {}, []
@@ -203,25 +226,61 @@ def test_parts_cover_each_group_once_longest_first(seed):
   for i, expert in enumerate(np.asarray(parts.expert)):
     if expert < num_experts:
       found.setdefault(int(expert), []).append(i)
-  order = [sizes[expert] for expert in found]
-  assert order == sorted(sizes, reverse=True)
+  assert set(found) == set(range(num_experts))
+  longest = []
   for expert, mine in found.items():
     assert mine == list(range(mine[0], mine[-1] + 1)), "side by side"
     bounds = [(int(parts.first[i]), int(parts.end[i])) for i in mine]
     assert bounds[0][0] == starts[expert]
     assert bounds[-1][1] == starts[expert] + sizes[expert]
     assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
+    rows = [end - first for first, end in bounds]
+    longest.append(max(rows))
     if len(mine) == 1:
       continue
-    assert all(plan.part_rows // 3 < end - first for first, end in bounds[:-1])
-    assert all(first < end <= first + plan.part_rows for first, end in bounds)
-    assert all(first % 8 == 0 for first, _ in bounds[1:])
+    assert min(rows) > 0 and max(rows) <= 1.5 * plan.part_rows + ROWS
+    assert all(first % plan.aligned == 0 for first, _ in bounds[1:])
     others = [int(parts.others[i]) for i in mine]
     assert others == [-1] * (len(mine) - 1) + [len(mine) - 1]
     own = [int(parts.slot[i]) for i in mine]
     assert own[:-1] == list(range(own[-1], own[-1] + len(mine) - 1))
     slots += own[:-1]
+  assert all(a > b - ROWS - 8 for a, b in itertools.pairwise(longest))
+  assert all(a > 0 or b == 0 for a, b in itertools.pairwise(longest))
   assert slots == list(range(len(slots))) and len(slots) <= plan.most_cuts
+
+
+@pytest.mark.parametrize("size", range(2048, 40000, 997))
+@pytest.mark.parametrize("fair", [1024, 1088, 4096])
+def test_no_part_of_a_cut_group_is_without_rows(size, fair):
+  plan = xty_tiles.Plan(
+    left=xty_tiles.Side(128, 128, True, 1, False),
+    right=xty_tiles.Side(64, 64, False, 1, True),
+    transposed=False,
+    num_rows=2 * size,
+    num_experts=8,
+    dtype=jnp.bfloat16,
+    config=TileConfig(128, 64),
+    most_cuts=2 * size // fair,
+    part_rows=fair,
+  )
+  [length], [count] = map(np.asarray, xty_tiles._cuts(plan, jnp.array([size])))
+  for skipped in range(8):
+    # Parts count from the multiple of 8 at or below the group's first row.
+    starts = np.arange(count) * length - skipped
+    assert starts[-1] < size <= starts[-1] + length
+
+
+def test_even_groups_are_not_cut_to_take_two_turns():
+  # 128 tiles for 132 blocks, each of a little more than a share.
+  num_experts, d, n = 8, 1024, 512
+  ids = np.arange(32768, dtype=np.int32).reshape(-1, 2) % num_experts
+  routing = route(jnp.asarray(ids), num_experts)
+  x, y = (jax.ShapeDtypeStruct(s, "bfloat16") for s in ((32768, n), (16384, d)))
+  config = TileConfig(256, 128)
+  plan = make_plan(x, y, routing, True, False, config)
+  assert plan.most_cuts and plan.num_experts * plan.per_part == 128
+  assert np.all(np.asarray(parts_of_groups(plan, routing).count)[:8] == 1)
 
 
 @pytest.mark.timeout(200)  # Ends a deadlock.
@@ -268,6 +327,8 @@ LOWERED = {
   "odd": (1001, 3, 8, 600, 40, False, True, "bfloat16"),
   "odd_transposed": (1001, 3, 8, 40, 600, True, False, "bfloat16"),
   "both_gathered": (1000, 2, 8, 1024, 1024, False, False, "bfloat16"),
+  "in_parts": (24576, 8, 128, 256, 1536, True, False, "bfloat16"),
+  "in_parts_float16": (24576, 8, 128, 256, 1536, False, True, "float16"),
 }
 
 
@@ -286,7 +347,10 @@ def test_group_xty_lowers_without_a_gpu(case):
   with h200():
     traced = jax.jit(product).trace(x, y, ids)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert "mosaic_gpu" in text
+  [call] = [line for line in text.splitlines() if "call @mosaic_gpu" in line]
+  # Beside the result, sums of parts.
+  results = call.rpartition("->")[2]
+  assert ("xf32>" in results) == case.startswith("in_parts")
 
 
 def on_gpu(x, y, routing, **layout):
@@ -313,6 +377,14 @@ GPU_CASES = {
   "ones": (1000, 2, 16, 8, 1024, 0.5, 0.0),
   "one_token": (1, 8, 8, 512, 256, 0.0, 0.0),
 }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_group_xty_in_parts_on_gpu_equals_xla(monkeypatch, case, dtype):
+  cut_to_steps(monkeypatch)
+  test_group_xty_on_gpu_equals_xla(case, dtype)
 
 
 @pytest.mark.gpu

@@ -8,11 +8,11 @@ one expert. Left is the side of 128 columns.
                 left   2  3 | 8  9          when their tiles form a square:
                        4  5 | 10 11         bands of `band_n` tiles (here 2).
 
-Where an expert has few tiles and most of the rows, a tile of all its rows would
-end last, alone. Such a group is cut into parts, each with tiles of its own:
+A tile of a group of more rows than a block's fair share would end last, alone.
+Such groups are cut into parts, each with tiles of its own:
 
-  group      0            1     2   3       longest first; 0 is cut in three
-  part       0   1   2    3     4   5       tiles are numbered in this order
+  group      0          1            2        1 is cut in three
+  part       0          1   2   3    4        longest parts first
 """
 
 from typing import Any, NamedTuple
@@ -30,6 +30,10 @@ from scattermoe_jax.routing import Routing
 BLOCK_LEFT = 128
 # Rows below which a part is all start and end.
 _LEAST_ROWS = 1024
+# More parts of so many rows might leave the last one none (see `_cuts`).
+_MOST_PARTS = 16
+# Groups of so many times the mean are cut into more parts than their shares.
+_HOT = 1.5
 
 
 class Side(NamedTuple):
@@ -57,16 +61,18 @@ class Plan(NamedTuple):
     left: the operand whose columns are cut in blocks of 128.
     right: the other.
     transposed: whether left is y.
+    num_rows: S.
     num_experts: E.
     dtype: of both operands and of the result.
     config: the tiles.
     most_cuts: how many more parts there may be than groups.
-    part_rows: rows above which a group is cut.
+    part_rows: rows of a tile that are a block's fair share.
   """
 
   left: Side
   right: Side
   transposed: bool
+  num_rows: int
   num_experts: int
   dtype: jnp.dtype
   config: TileConfig
@@ -127,12 +133,14 @@ def make_plan(
   most_cuts = 0
   # Choices of one token differ: an expert has at most a row of each.
   if part_rows < routing.num_tokens:
-    # A group of several parts has more than `part_rows` for each but the last.
+    # Each cut takes more than 7/8 of `part_rows`, and the first of a group as
+    # much again.
     most_cuts = (routing.num_rows - 1) // part_rows
   return Plan(
     left=y_side if transposed else x_side,
     right=x_side if transposed else y_side,
     transposed=transposed,
+    num_rows=routing.num_rows,
     num_experts=routing.num_experts,
     dtype=x.dtype,
     config=config,
@@ -184,7 +192,7 @@ class Parts(NamedTuple):
 
 
 def parts_of_groups(plan: Plan, routing: Routing) -> Parts:
-  """Returns the parts of all groups, those of the longest group first.
+  """Returns the parts of all groups, the longest parts first.
 
   Long tiles first leave short ones to fill the end of the launch, and the
   loader counts on those without rows to be the last. Comparing all with all
@@ -192,20 +200,23 @@ def parts_of_groups(plan: Plan, routing: Routing) -> Parts:
   what can be said of one part alone is left to `part_at`.
   """
   sizes = routing.group_sizes
+  length, count = sizes, None
+  if plan.most_cuts:
+    length, count = lax.optimization_barrier(_cuts(plan, sizes))
   experts = jnp.arange(sizes.shape[0], dtype=jnp.int32)
   is_earlier = experts[None, :] < experts[:, None]
-  is_longer = (sizes[None, :] > sizes[:, None]) | (
-    (sizes[None, :] == sizes[:, None]) & is_earlier
+  longest = jnp.where(sizes > 0, length, 0)
+  is_longer = (longest[None, :] > longest[:, None]) | (
+    (longest[None, :] == longest[:, None]) & is_earlier
   )
   # Without the barriers XLA would count once more for every pick.
   rank, first = lax.optimization_barrier(
     (jnp.sum(is_longer, axis=1, dtype=jnp.int32), sum_where(is_earlier, sizes))
   )
   group = (experts - plan.num_experts, first, first + sizes)
-  if not plan.most_cuts:
+  if count is None:
     is_here = rank[None, :] == experts[:, None]
     return Parts(*(sum_where(is_here, of_group) for of_group in group))
-  length, count = _cuts(plan, first, sizes)
   before = lax.optimization_barrier(
     sum_where(rank[None, :] < rank[:, None], count)
   )
@@ -215,13 +226,25 @@ def parts_of_groups(plan: Plan, routing: Routing) -> Parts:
   return Parts(*(sum_where(is_here, of_group) for of_group in group + cuts))
 
 
-def _cuts(plan: Plan, first, sizes):
-  """Returns the rows of each group's parts, and how many parts."""
-  span = first % plan.aligned + sizes
-  length = pl.cdiv(span, jnp.maximum(pl.cdiv(sizes, plan.part_rows), 1))
-  # No part is empty but of an empty group: those are the last tiles.
-  length = jnp.maximum(pl.cdiv(length, ROWS), 1) * ROWS
-  return length, jnp.maximum(pl.cdiv(span, length), 1)
+def _cuts(plan: Plan, sizes):
+  """Returns the rows of each group's parts, whole steps, and how many parts.
+
+  A group that stands out is cut into parts of at most a fair share: the rest
+  fills the other blocks. Of groups about as long as each other, parts of less
+  than a share would only take two turns for one.
+
+  No part is empty but of an empty group: of n parts of 1024 rows or more, those
+  before the last are together longer by at most 7 + 64 n rows than they would
+  be if all were equal.
+  """
+  fair, mean = plan.part_rows, plan.num_rows / plan.num_experts
+  shares = jnp.where(
+    sizes > int(_HOT * mean), pl.cdiv(sizes, fair), (sizes + fair // 8) // fair
+  )
+  most = jnp.minimum(sizes // _LEAST_ROWS, _MOST_PARTS)
+  count = jnp.maximum(jnp.minimum(shares, most), 1)
+  length = pl.cdiv(pl.cdiv(sizes + (plan.aligned - 1), count), ROWS) * ROWS
+  return length, count
 
 
 class Part(NamedTuple):
