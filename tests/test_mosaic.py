@@ -244,6 +244,32 @@ def test_blocks_keep_pace_where_a_tile_is_long(steps_missing, kept):
   assert text.count("nanosleep") == kept
 
 
+@needs_mosaic
+@pytest.mark.parametrize("steps", [32, 45, 64, 100])
+def test_all_blocks_report_as_often_and_in_order(steps):
+  from scattermoe_jax.kernels.mosaic import pace
+
+  due = [step for step in range(steps) if step % pace.STEPS == 0]
+  before = [pace.reports_before(t, k, steps) for t in range(3) for k in due]
+  assert before == list(range(3 * pace.reports_of_tile(steps)))
+
+
+@needs_mosaic
+def test_blocks_in_pace_interpreted(monkeypatch):
+  from scattermoe_jax.kernels.mosaic import pace
+  from tests.interpreted_mosaic import NoPace, mosaic_interpreted
+
+  monkeypatch.setattr(pace, "STEPS", 1)
+  monkeypatch.setattr(NoPace, "kept", [])
+  routing, rng = routing_and_rng()
+  x, w = normal(rng, NUM_TOKENS, D), normal(rng, NUM_EXPERTS, D, N)
+  args, layout = (x, w, routing), dict(grouped_out=True)
+  got = mosaic_interpreted().scatter2scatter(*args, **layout)
+  assert_equals_xla("scatter2scatter", got, *args, **layout)
+  # As the kernel is traced: a tile without steps, and a step that is due.
+  assert NoPace.kept.count("report") == 2 * NoPace.kept.count("wait") > 0
+
+
 @pytest.mark.gpu
 def test_blocks_that_keep_pace_are_right_on_gpu():
   # Bands of columns, so that tiles without a step come between others.

@@ -222,7 +222,10 @@ def _blocks(op: str) -> list[tuple[int, int]]:
 
 
 def _tiles_of_a_row(op: str, problem: Problem, blocks: tuple[int, int]) -> int:
-  """Returns how many tiles lie side by side: what a band is cut from."""
+  """Returns how many tiles lie side by side: `tiles_right` of `xty_tiles.Plan`.
+
+  A band is cut from them.
+  """
   block_m, block_n = blocks
   if op == "group_xty_gathered_y" and block_m == block_n:
     is_transposed = True

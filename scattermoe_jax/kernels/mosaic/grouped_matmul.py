@@ -35,7 +35,7 @@ from scattermoe_jax.kernels.mosaic.matmul_tiles import (
   Plan,
   Tile,
 )
-from scattermoe_jax.kernels.mosaic.pace import STEPS, Pace
+from scattermoe_jax.kernels.mosaic.pace import Pace
 from scattermoe_jax.kernels.schedule import window_schedule
 from scattermoe_jax.routing import Routing
 
@@ -124,7 +124,7 @@ def multiply(
     def produce():
       plgpu.set_max_registers(registers.producer, action="decrease")
       shift = None if slice_index is None else tiles[5][0] * plan.d_out
-      pace = Pace(config.num_sms) if steps_k >= STEPS else None
+      pace = Pace.of(config.num_sms, steps_k)
 
       def locate(loaded):
         _, first, _, end = loaded
@@ -140,19 +140,15 @@ def multiply(
         index_n = index_of(t)[1]
         first = pl.multiple_of(first, ALIGN)
         all_have_one = (t + 1) * config.num_sms <= num_tiles
-        reports = lt.cdiv(steps_k, STEPS)
         if pace is not None:
-          is_idle = num_steps(expert) == 0
-          pl.when(all_have_one & is_idle)(lambda: pace.report(reports))
+          pl.when(all_have_one & (num_steps(expert) == 0))(pace.skip)
 
         def load_step(k, carry):
           step, previous = carry
           slot = lax.rem(step, stages)
           column = k * config.block_k
           if pace is not None:
-            epoch = t * reports + k // STEPS
-            is_due = all_have_one & (lax.rem(k, STEPS) == 0)
-            pl.when(is_due)(lambda: pace.keep(epoch))
+            pl.when(all_have_one)(lambda: pace.keep(t, k))
 
           # Wait until the consumers have multiplied what the stage held.
           @pl.when(step >= stages)

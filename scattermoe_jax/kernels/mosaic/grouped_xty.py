@@ -33,13 +33,10 @@ from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Problem
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic import tickets, warpgroup_ops
-from scattermoe_jax.kernels.mosaic.partial_sums import (
-  MULTIPLIERS,
-  PartialSums,
-  workspace,
-)
+from scattermoe_jax.kernels.mosaic.partial_sums import PartialSums, workspace
 from scattermoe_jax.kernels.mosaic.xty_tiles import (
   BLOCK_LEFT,
+  MULTIPLIERS,
   Plan,
   Tile,
   columns,
@@ -52,7 +49,7 @@ from scattermoe_jax.routing import Routing
 # M = columns of left, N = columns of right, K = rows of one expert, G = E
 
 _ROWS = warpgroup_ops.ROWS
-_PART_LEFT = BLOCK_LEFT // MULTIPLIERS
+_LEFT_EACH = BLOCK_LEFT // MULTIPLIERS
 
 
 def group_xty(
@@ -120,7 +117,7 @@ def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
         transforms=lt.OPERAND,
       ),
       out_smem=plgpu.SMEM(
-        (2, 2, _PART_LEFT, lt.COLUMNS),
+        (MULTIPLIERS, 2, _LEFT_EACH, lt.COLUMNS),
         plan.dtype,
         transforms=lt.store_transforms(out.shape[2]),
       ),
@@ -128,12 +125,12 @@ def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
         num_arrivals=1 + plan.left.by_tma + plan.right.by_tma,
         num_barriers=stages,
       ),
-      empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      **tickets.scratch_types(readers=2),
+      empty=plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=stages),
+      **tickets.scratch_types(readers=MULTIPLIERS),
     ),
     grid=(plan.config.num_sms,),
     grid_names=("block",),
-    num_threads=3,
+    num_threads=MULTIPLIERS + 1,
     thread_name="warpgroup",
     kernel_name="group_xty",
     compiler_params=plgpu.CompilerParams(
@@ -149,12 +146,12 @@ def _body(plan, ops, left, right, ids, parts, out, *sums, **scratch):
   partial_sums = PartialSums.of(plan, ops, sums, warpgroup)
   queue = tickets.Queue(*(scratch.pop(k) for k in ("ring", "drawn", "taken")))
 
-  @pl.when(warpgroup == 2)
+  @pl.when(warpgroup == MULTIPLIERS)
   def _():
     plgpu.set_max_registers(72, action="decrease")
     _load_tiles(plan, ops, queue, parts, left, right, ids, scratch)
 
-  @pl.when(warpgroup < 2)
+  @pl.when(warpgroup < MULTIPLIERS)
   def _():
     plgpu.set_max_registers(216, action="increase")
     _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch)
@@ -287,7 +284,7 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
   left_smem, right_smem = scratch["left_smem"], scratch["right_smem"]
   full, empty = scratch["full"], scratch["empty"]
   stages = plan.config.num_stages
-  my_cols = pl.ds(warpgroup * _PART_LEFT, _PART_LEFT)
+  my_cols = pl.ds(warpgroup * _LEFT_EACH, _LEFT_EACH)
   columns_of_chunks = range(0, plan.right.block, lt.COLUMNS)
 
   def tile(i) -> Tile:
@@ -333,7 +330,7 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
       )
       return acc[...]
 
-    shape = (_PART_LEFT, plan.right.block)
+    shape = (_LEFT_EACH, plan.right.block)
     sums = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
     chunks = [sums[:, i : i + lt.COLUMNS] for i in columns_of_chunks]
     done = t
@@ -346,7 +343,7 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
   zero, first = jnp.int32(0), tile(0)
   none = first._replace(number=jnp.int32(-1))
   held = [
-    jnp.zeros((_PART_LEFT, lt.COLUMNS), plan.dtype) for _ in columns_of_chunks
+    jnp.zeros((_LEFT_EACH, lt.COLUMNS), plan.dtype) for _ in columns_of_chunks
   ]
   *_, held, last = lax.while_loop(
     lambda carry: carry[2].number < plan.num_tiles,
@@ -359,12 +356,12 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
 
 
 def _pieces(plan, t: Tile, held, warpgroup, out, out_smem) -> list:
-  """Returns functions that store a warpgroup's part of a tile, in order.
+  """Returns functions that store a warpgroup's half of a tile, in order.
 
   A tile of a negative number is none. TMA drops what lies past the edges.
   """
   left_col, right_col = columns(plan, t)
-  rows_out = pl.ds(left_col + warpgroup * _PART_LEFT, _PART_LEFT)
+  rows_out = pl.ds(left_col + warpgroup * _LEFT_EACH, _LEFT_EACH)
   num_pieces = plan.right.block // lt.COLUMNS
   buffers = min(2, num_pieces)
 

@@ -2,17 +2,19 @@
 
 Side by side in the order of tiles, blocks read the same rows and the same
 weights, each from the first column of the contraction to the last. Left alone
-they drift apart, and at L twice the bytes come from HBM; on a card at its power
+they drift apart, and half as much again comes from HBM; on a card at its power
 limit, bytes are clock. So a loader reports every 32 steps, and waits until the
 blocks have reported as often as it, on average, but once:
 
   reports of all blocks >= epoch * blocks     epoch: reports of this one before
 
-A wait ends after some microseconds in any case: it only saves power, and other
-work may keep a block from running at all. Which bits come out does not change.
+Where some blocks do not run at all, since other work holds their places, that
+would never be: after some 50 microseconds a loader gives up, and with it all
+that run, for the rest of the launch. Which bits come out does not change.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -23,24 +25,37 @@ from scattermoe_jax.kernels.mosaic import layouts as lt
 # Steps of 64 columns between two reports. A tile of fewer is over before its
 # operands have left L2.
 STEPS = 32
-_POLLS = 100  # of 100 ns each, and as much again for memory
 
 _REPORT = "@$0 red.relaxed.gpu.global.add.u32 [$1], $2;"
-_WAIT = f"""{{
+# 200 looks, each of 100 ns of sleep and as long again for memory. To give up is
+# to set the highest bit: more reports than any launch waits for.
+_WAIT = """{
   .reg .pred done;
-  .reg .u32 reports, polls;
-  mov.u32 polls, 0;
-  poll:
+  .reg .u32 reports, looks;
+  mov.u32 looks, 0;
+  look:
   ld.relaxed.gpu.global.u32 reports, [$0];
   setp.ge.u32 done, reports, $1;
   @done bra leave;
-  add.u32 polls, polls, 1;
-  setp.gt.u32 done, polls, {_POLLS};
-  @done bra leave;
+  add.u32 looks, looks, 1;
+  setp.gt.u32 done, looks, 200;
+  @done bra give_up;
   nanosleep.u32 100;
-  bra poll;
+  bra look;
+  give_up:
+  red.relaxed.gpu.global.max.u32 [$0], 0x80000000;
   leave:
-}}"""
+}"""
+
+
+def reports_of_tile(steps: int) -> int:
+  """Returns how often a tile of so many steps is reported."""
+  return lt.cdiv(steps, STEPS)
+
+
+def reports_before(tile, step, steps: int):
+  """Returns the reports of a block before step `step` of its `tile`-th tile."""
+  return tile * reports_of_tile(steps) + step // STEPS
 
 
 class Pace:
@@ -49,9 +64,32 @@ class Pace:
   The interpreter has no memory that blocks share; its tests keep no pace.
   """
 
-  def __init__(self, num_blocks: int):
-    self._num_blocks = num_blocks
+  def __init__(self, num_blocks: int, steps: int):
+    self._num_blocks, self._steps = num_blocks, steps
     self._reports = pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+  @classmethod
+  def of(cls, num_blocks: int, steps: int) -> "Pace | None":
+    """Returns the pace of blocks whose tiles have so many steps, if any."""
+    return cls(num_blocks, steps) if steps >= STEPS else None
+
+  def skip(self) -> None:
+    """Reports a tile without steps."""
+    self.report(reports_of_tile(self._steps))
+
+  def keep(self, tile, step) -> None:
+    """Reports a step if it is due; then waits for blocks that are far behind.
+
+    Args:
+      tile: which of this block's tiles, all blocks having one.
+      step: which of its steps.
+    """
+
+    @pl.when(lax.rem(step, STEPS) == 0)
+    def _():
+      self.report(1)
+      before = reports_before(tile, step, self._steps)
+      self.wait(before * self._num_blocks)
 
   def report(self, count) -> None:
     """Reports `count` times."""
@@ -65,21 +103,16 @@ class Pace:
 
     add(self._reports, lt.int32(count))
 
-  def keep(self, epoch) -> None:
-    """Reports once, then waits until the others are not far behind.
-
-    Args:
-      epoch: how often this block has reported before.
-    """
-    self.report(1)
+  def wait(self, target) -> None:
+    """Waits until there are `target` reports, or somebody gives up."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), lt.SCALAR))
-    def wait(_, reports, target):
+    def poll(_, reports, target):
       operands = [lt.global_pointer(reports), lt.scalar(target)]
       _run_ptx(_WAIT, "l,r", operands)
       return ()
 
-    wait(self._reports, jnp.int32(epoch * self._num_blocks))
+    poll(self._reports, jnp.int32(target))
 
 
 def _run_ptx(text: str, constraints: str, operands: list[ir.Value]) -> None:

@@ -18,9 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from scattermoe_jax.kernels.mosaic import layouts as lt
-from scattermoe_jax.kernels.mosaic.xty_tiles import BLOCK_LEFT, Plan, Tile
-
-MULTIPLIERS = 2
+from scattermoe_jax.kernels.mosaic.xty_tiles import (
+  BLOCK_LEFT,
+  MULTIPLIERS,
+  Plan,
+  Tile,
+)
 
 
 def workspace(plan: Plan) -> list[jax.ShapeDtypeStruct]:

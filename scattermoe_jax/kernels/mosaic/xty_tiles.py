@@ -28,6 +28,7 @@ from scattermoe_jax.kernels.schedule import sum_where
 from scattermoe_jax.routing import Routing
 
 BLOCK_LEFT = 128
+MULTIPLIERS = 2  # warpgroups that multiply, each half of a tile's left columns
 # Rows below which a part is all start and end.
 _LEAST_ROWS = 1024
 # More parts of so many rows might leave the last one none (see `_cuts`).
