@@ -26,17 +26,21 @@ def ops(records: Sequence[Record]) -> str:
 
 
 def triton(records: Sequence[Record]) -> str:
-  """Returns the Triton backend's products beside ScatterMoE's own kernels."""
+  """Returns the Triton backend's products beside ScatterMoE's own kernels.
+
+  Compared with those of the same run alone.
+  """
   records = [r for r in records if r["routing"] == "random"]
+  product_of = lambda r: (r["shape"], r["op"], r["command"])
   theirs = {
-    (r["shape"], r["op"]): r["ms_median"]
+    product_of(r): r["ms_median"]
     for r in records
     if r["implementation"] == "scattermoe"
   }
   rows = []
   for r in records:
     if r["implementation"] == "triton":
-      peer = theirs.get((r["shape"], r["op"]))
+      peer = theirs.get(product_of(r))
       faster = f"{peer / r['ms_median']:.2f}" if peer else ""
       cells = [f"{r['ms_median']:.2f} ms", f"{r['of_dense']:.2f}", faster]
       rows.append([f"{r['op']}, {_described(r['shape'])}", *cells])

@@ -230,11 +230,15 @@ def test_triton_table_says_how_much_faster_than_scattermoe():
       "implementation": implementation,
       "ms_median": time,
       "of_dense": 6.0 / time,
+      "command": "one",
     }
     for implementation, time in ms.items()
   ]
   *_, row = tables.triton(records).splitlines()
   assert row.startswith("| up, C1: T=") and row.endswith("| 0.75 | 1.25 |")
+  records[1]["command"] = "another"
+  *_, row = tables.triton(records).splitlines()
+  assert row.endswith("| 0.75 |  |")
 
 
 def test_no_picture_of_a_layer_alone(monkeypatch):
