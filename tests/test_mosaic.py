@@ -156,6 +156,14 @@ LOWERED = {
 KERNEL = "custom_call @mosaic_gpu"
 
 
+def lowered(function, *args):
+  """Returns the text of a function lowered for an H200."""
+  device = AbstractDevice("NVIDIA H200", 132, "gpu")
+  with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    traced = jax.jit(function).trace(*args)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 def lowered_step(case, transform, *, layers=1, **options):
   """Returns the text of a step of `LOWERED[case]`, lowered for an H200."""
   T, d, n, E, k, dtype, activation = LOWERED[case]
@@ -182,10 +190,7 @@ def lowered_step(case, transform, *, layers=1, **options):
     shape((E, n, d), dtype),
     shape((T, k), "int32"),
   )
-  device = AbstractDevice("NVIDIA H200", 132, "gpu")
-  with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-    step = jax.jit(transform(loss, argnums=(0, 1, 2, 3)))
-    return step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  return lowered(transform(loss, argnums=(0, 1, 2, 3)), *args)
 
 
 @needs_mosaic
@@ -235,12 +240,8 @@ def test_blocks_keep_pace_where_a_tile_is_long(steps_missing, kept):
     sd((E, d, n), "bfloat16"),
     sd((512, 2), "int32"),
   )
-  device = AbstractDevice("NVIDIA H200", 132, "gpu")
-  with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-    step = jax.jit(
-      lambda x, w, ids: mosaic.scatter2scatter(x, w, route(ids, E))
-    )
-    text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+  product = lambda x, w, ids: mosaic.scatter2scatter(x, w, route(ids, E))
+  text = lowered(product, *args)
   assert text.count("nanosleep") == kept
 
 

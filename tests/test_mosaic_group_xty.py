@@ -257,14 +257,14 @@ def test_no_part_of_a_cut_group_is_without_rows(size, fair):
     left=xty_tiles.Side(128, 128, True, 1, False),
     right=xty_tiles.Side(64, 64, False, 1, True),
     transposed=False,
-    num_rows=2 * size,
     num_experts=8,
     dtype=jnp.bfloat16,
     config=TileConfig(128, 64),
     most_cuts=2 * size // fair,
     part_rows=fair,
   )
-  [length], [count] = map(np.asarray, xty_tiles._cuts(plan, jnp.array([size])))
+  cuts = xty_tiles._cuts(plan, jnp.array([size]), num_rows=2 * size)
+  [length], [count] = map(np.asarray, cuts)
   for skipped in range(8):
     # Parts count from the multiple of 8 at or below the group's first row.
     starts = np.arange(count) * length - skipped

@@ -221,18 +221,25 @@ def _blocks(op: str) -> list[tuple[int, int]]:
   return [(128, 256), (128, 128), (128, 64)]
 
 
-def _tiles_of_a_row(op: str, problem: Problem, blocks: tuple[int, int]) -> int:
-  """Returns how many tiles lie side by side: `tiles_right` of `xty_tiles.Plan`.
+def xty_is_transposed(blocks: tuple[int, int], gathers_y_alone: bool) -> bool:
+  """Returns whether a tile of x^T y is made as one of y^T x.
 
-  A band is cut from them.
+  Multiplied from the left is the side of 128 columns; if both are, the one that
+  is gathered.
+
+  Args:
+    blocks: columns of x and of y.
+    gathers_y_alone: whether y is gathered and x is not.
   """
   block_m, block_n = blocks
-  if op == "group_xty_gathered_y" and block_m == block_n:
-    is_transposed = True
-  else:
-    # 128 columns on one side, whichever it is; the other is cut into bands.
-    is_transposed = op.startswith("group_xty") and block_n == 128 != block_m
-  if is_transposed:
+  return gathers_y_alone if block_m == block_n else block_n == 128
+
+
+def _tiles_of_a_row(op: str, problem: Problem, blocks: tuple[int, int]) -> int:
+  """Returns how many tiles lie side by side: what a band is cut from."""
+  block_m, block_n = blocks
+  is_xty, gathers_y = op.startswith("group_xty"), op.endswith("_y")
+  if is_xty and xty_is_transposed(blocks, gathers_y):
     return -(-problem.d_in // block_m)
   return -(-problem.d_out // block_n)
 

@@ -177,10 +177,8 @@ def _store_quad(live: ir.Value, pointer: ir.Value, quad: ir.Value) -> None:
     )
     for i in range(4)
   ]
-  llvm.inline_asm(
-    ir.Type.parse("!llvm.void"),
-    [live, pointer, *words],
+  lt.run_ptx(
     "@$0 st.global.v4.b32 [$1], {$2, $3, $4, $5};",
     "b,l,r,r,r,r",
-    has_side_effects=True,
+    [live, pointer, *words],
   )

@@ -35,7 +35,7 @@ from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic import tickets, warpgroup_ops
 from scattermoe_jax.kernels.mosaic.partial_sums import PartialSums, workspace
 from scattermoe_jax.kernels.mosaic.xty_tiles import (
-  BLOCK_LEFT,
+  LEFT_EACH,
   MULTIPLIERS,
   Plan,
   Tile,
@@ -49,7 +49,6 @@ from scattermoe_jax.routing import Routing
 # M = columns of left, N = columns of right, K = rows of one expert, G = E
 
 _ROWS = warpgroup_ops.ROWS
-_LEFT_EACH = BLOCK_LEFT // MULTIPLIERS
 
 
 def group_xty(
@@ -117,9 +116,9 @@ def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
         transforms=lt.OPERAND,
       ),
       out_smem=plgpu.SMEM(
-        (MULTIPLIERS, 2, _LEFT_EACH, lt.COLUMNS),
+        (MULTIPLIERS, 2, LEFT_EACH, lt.COLUMNS),
         plan.dtype,
-        transforms=lt.store_transforms(out.shape[2]),
+        transforms=_store_transforms(out.shape[2]),
       ),
       full=plgpu.Barrier(
         num_arrivals=1 + plan.left.by_tma + plan.right.by_tma,
@@ -138,6 +137,15 @@ def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
       unsafe_no_auto_barriers=True,
     ),
   )
+
+
+def _store_transforms(width: int):
+  # TMA wants whole tiles of the output too; narrower ones for odd widths.
+  cols = next(c for c in (64, 32, 16, 8) if width % c == 0)
+  tiling = plgpu.TilingTransform((8, cols))
+  if cols == 8:
+    return (tiling,)
+  return (tiling, plgpu.SwizzleTransform(2 * cols))
 
 
 def _body(plan, ops, left, right, ids, parts, out, *sums, **scratch):
@@ -284,7 +292,7 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
   left_smem, right_smem = scratch["left_smem"], scratch["right_smem"]
   full, empty = scratch["full"], scratch["empty"]
   stages = plan.config.num_stages
-  my_cols = pl.ds(warpgroup * _LEFT_EACH, _LEFT_EACH)
+  my_cols = pl.ds(warpgroup * LEFT_EACH, LEFT_EACH)
   columns_of_chunks = range(0, plan.right.block, lt.COLUMNS)
 
   def tile(i) -> Tile:
@@ -330,7 +338,7 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
       )
       return acc[...]
 
-    shape = (_LEFT_EACH, plan.right.block)
+    shape = (LEFT_EACH, plan.right.block)
     sums = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
     chunks = [sums[:, i : i + lt.COLUMNS] for i in columns_of_chunks]
     done = t
@@ -343,7 +351,7 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
   zero, first = jnp.int32(0), tile(0)
   none = first._replace(number=jnp.int32(-1))
   held = [
-    jnp.zeros((_LEFT_EACH, lt.COLUMNS), plan.dtype) for _ in columns_of_chunks
+    jnp.zeros((LEFT_EACH, lt.COLUMNS), plan.dtype) for _ in columns_of_chunks
   ]
   *_, held, last = lax.while_loop(
     lambda carry: carry[2].number < plan.num_tiles,
@@ -361,7 +369,7 @@ def _pieces(plan, t: Tile, held, warpgroup, out, out_smem) -> list:
   A tile of a negative number is none. TMA drops what lies past the edges.
   """
   left_col, right_col = columns(plan, t)
-  rows_out = pl.ds(left_col + warpgroup * _LEFT_EACH, _LEFT_EACH)
+  rows_out = pl.ds(left_col + warpgroup * LEFT_EACH, LEFT_EACH)
   num_pieces = plan.right.block // lt.COLUMNS
   buffers = min(2, num_pieces)
 

@@ -136,6 +136,17 @@ def fence_async_shared() -> None:
   )
 
 
+def is_first_thread() -> ir.Value:
+  """Returns whether this thread is the first of its warpgroup."""
+  return arith.cmpi(arith.CmpIPredicate.eq, thread_index(), const(0))
+
+
+def run_ptx(text: str, constraints: str, operands: Sequence[ir.Value]) -> None:
+  """Runs PTX that writes memory and returns nothing."""
+  void = ir.Type.parse("!llvm.void")
+  llvm.inline_asm(void, operands, text, constraints, has_side_effects=True)
+
+
 def load_id(ids: ir.Value, position: ir.Value) -> ir.Value:
   """Returns the int32 at `position` of a global array."""
   offset = arith.shli(arith.extui(i64(), position), mgpu_utils.c(2, i64()))
@@ -176,13 +187,3 @@ def cdiv(a, b):
 
 def int32(value) -> jax.Array:
   return jnp.asarray(value, jnp.int32)
-
-
-def store_transforms(width: int):
-  """Returns the layout of pieces that TMA stores to rows of that width."""
-  # TMA wants whole tiles of the output too; narrower ones for odd widths.
-  cols = next(c for c in (64, 32, 16, 8) if width % c == 0)
-  tiling = plgpu.TilingTransform((8, cols))
-  if cols == 8:
-    return (tiling,)
-  return (tiling, plgpu.SwizzleTransform(2 * cols))

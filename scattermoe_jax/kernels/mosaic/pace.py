@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 
 from scattermoe_jax.kernels.mosaic import layouts as lt
+from scattermoe_jax.kernels.mosaic import warpgroup_ops
 
 # Steps of 64 columns between two reports. A tile of fewer is over before its
 # operands have left L2.
@@ -66,7 +65,7 @@ class Pace:
 
   def __init__(self, num_blocks: int, steps: int):
     self._num_blocks, self._steps = num_blocks, steps
-    self._reports = pl.get_global(plgpu.SemaphoreType.REGULAR)
+    self._reports = warpgroup_ops.new_counter()
 
   @classmethod
   def of(cls, num_blocks: int, steps: int) -> "Pace | None":
@@ -96,9 +95,9 @@ class Pace:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), lt.SCALAR))
     def add(_, reports, count):
-      first = arith.cmpi(arith.CmpIPredicate.eq, lt.thread_index(), lt.const(0))
-      operands = [first, lt.global_pointer(reports), lt.scalar(count)]
-      _run_ptx(_REPORT, "b,l,r", operands)
+      first, place = lt.is_first_thread(), lt.global_pointer(reports)
+      operands = [first, place, lt.scalar(count)]
+      lt.run_ptx(_REPORT, "b,l,r", operands)
       return ()
 
     add(self._reports, lt.int32(count))
@@ -109,12 +108,7 @@ class Pace:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), lt.SCALAR))
     def poll(_, reports, target):
       operands = [lt.global_pointer(reports), lt.scalar(target)]
-      _run_ptx(_WAIT, "l,r", operands)
+      lt.run_ptx(_WAIT, "l,r", operands)
       return ()
 
     poll(self._reports, jnp.int32(target))
-
-
-def _run_ptx(text: str, constraints: str, operands: list[ir.Value]) -> None:
-  void = ir.Type.parse("!llvm.void")
-  llvm.inline_asm(void, operands, text, constraints, has_side_effects=True)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic.xty_tiles import (
-  BLOCK_LEFT,
+  LEFT_EACH,
   MULTIPLIERS,
   Plan,
   Tile,
@@ -30,9 +30,8 @@ def workspace(plan: Plan) -> list[jax.ShapeDtypeStruct]:
   """Returns the array of sums of all parts but the last; [] if none is cut."""
   if not plan.most_cuts:
     return []
-  rows, chunks = BLOCK_LEFT // MULTIPLIERS, plan.right.block // lt.COLUMNS
-  tiles = plan.most_cuts * plan.per_part
-  shape = (tiles, MULTIPLIERS, chunks, rows, lt.COLUMNS)
+  tiles, chunks = plan.most_cuts * plan.per_part, plan.right.block // lt.COLUMNS
+  shape = (tiles, MULTIPLIERS, chunks, LEFT_EACH, lt.COLUMNS)
   return [jax.ShapeDtypeStruct(shape, jnp.float32)]
 
 
@@ -59,7 +58,7 @@ class PartialSums(NamedTuple):
     if not plan.most_cuts:
       return None
     [sums] = sums
-    flags = ops.new_flags(plan.most_cuts * plan.per_part * MULTIPLIERS)
+    flags = ops.new_flags(sums.shape[0] * MULTIPLIERS)
     return cls(ops, sums, flags, multiplier, plan.per_part)
 
   def join(self, t: Tile, chunks: list) -> list:

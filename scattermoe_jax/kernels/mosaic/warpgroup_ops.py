@@ -195,8 +195,7 @@ def increment(counter, ring, place, turn) -> None:
     arg_types=(plgpu.RefType(), plgpu.RefType(), lt.SCALAR),
   )
   def add(_, counter, ring, place):
-    first = arith.cmpi(arith.CmpIPredicate.eq, lt.thread_index(), lt.const(0))
-    with mgpu_utils.when(first):
+    with mgpu_utils.when(lt.is_first_thread()):
       number = llvm.atomicrmw(
         llvm.AtomicBinOp.add,
         mgpu_utils.memref_ptr(counter),

@@ -25,10 +25,12 @@ from jaxtyping import Array, Int
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.mosaic.warpgroup_ops import ROWS
 from scattermoe_jax.kernels.schedule import sum_where
+from scattermoe_jax.kernels.tuning import xty_is_transposed
 from scattermoe_jax.routing import Routing
 
 BLOCK_LEFT = 128
-MULTIPLIERS = 2  # warpgroups that multiply, each half of a tile's left columns
+MULTIPLIERS = 2  # warpgroups that multiply
+LEFT_EACH = BLOCK_LEFT // MULTIPLIERS  # columns of left of each
 # Rows below which a part is all start and end.
 _LEAST_ROWS = 1024
 # More parts of so many rows might leave the last one none (see `_cuts`).
@@ -62,7 +64,6 @@ class Plan(NamedTuple):
     left: the operand whose columns are cut in blocks of 128.
     right: the other.
     transposed: whether left is y.
-    num_rows: S.
     num_experts: E.
     dtype: of both operands and of the result.
     config: the tiles.
@@ -73,7 +74,6 @@ class Plan(NamedTuple):
   left: Side
   right: Side
   transposed: bool
-  num_rows: int
   num_experts: int
   dtype: jnp.dtype
   config: TileConfig
@@ -129,7 +129,9 @@ def make_plan(
   """Returns the plan of x^T y: which operand is left, and how each comes."""
   x_side = _side(x, x_grouped, config.block_m, routing.num_rows)
   y_side = _side(y, y_grouped, config.block_n, routing.num_rows)
-  transposed = _is_transposed(x_side, y_side)
+  transposed = xty_is_transposed(
+    (config.block_m, config.block_n), y_side.gathered and not x_side.gathered
+  )
   part_rows = _part_rows(x_side, y_side, routing.num_rows, config.num_sms)
   most_cuts = 0
   # Choices of one token differ: an expert has at most a row of each.
@@ -141,7 +143,6 @@ def make_plan(
     left=y_side if transposed else x_side,
     right=x_side if transposed else y_side,
     transposed=transposed,
-    num_rows=routing.num_rows,
     num_experts=routing.num_experts,
     dtype=x.dtype,
     config=config,
@@ -162,12 +163,6 @@ def _side(operand, grouped: bool, block: int, num_rows: int) -> Side:
   # TMA reads tiles of 8 rows by 64 columns, and wants whole ones.
   by_tma = grouped and num_rows % 8 == 0 and width % 64 == 0
   return Side(width, block, not grouped, num_rows // rows, by_tma)
-
-
-def _is_transposed(x: Side, y: Side) -> bool:
-  if x.block == y.block:
-    return y.gathered and not x.gathered
-  return y.block == BLOCK_LEFT and x.block != BLOCK_LEFT
 
 
 class Parts(NamedTuple):
@@ -203,7 +198,8 @@ def parts_of_groups(plan: Plan, routing: Routing) -> Parts:
   sizes = routing.group_sizes
   length, count = sizes, None
   if plan.most_cuts:
-    length, count = lax.optimization_barrier(_cuts(plan, sizes))
+    cuts = _cuts(plan, sizes, routing.num_rows)
+    length, count = lax.optimization_barrier(cuts)
   experts = jnp.arange(sizes.shape[0], dtype=jnp.int32)
   is_earlier = experts[None, :] < experts[:, None]
   longest = jnp.where(sizes > 0, length, 0)
@@ -227,7 +223,7 @@ def parts_of_groups(plan: Plan, routing: Routing) -> Parts:
   return Parts(*(sum_where(is_here, of_group) for of_group in group + cuts))
 
 
-def _cuts(plan: Plan, sizes):
+def _cuts(plan: Plan, sizes, num_rows: int):
   """Returns the rows of each group's parts, whole steps, and how many parts.
 
   A group that stands out is cut into parts of at most a fair share: the rest
@@ -238,7 +234,7 @@ def _cuts(plan: Plan, sizes):
   before the last are together longer by at most 7 + 64 n rows than they would
   be if all were equal.
   """
-  fair, mean = plan.part_rows, plan.num_rows / plan.num_experts
+  fair, mean = plan.part_rows, num_rows / plan.num_experts
   shares = jnp.where(
     sizes > int(_HOT * mean), pl.cdiv(sizes, fair), (sizes + fair // 8) // fair
   )
