@@ -33,8 +33,6 @@ MULTIPLIERS = 2  # warpgroups that multiply
 LEFT_EACH = BLOCK_LEFT // MULTIPLIERS  # columns of left of each
 # Rows below which a part is all start and end.
 _LEAST_ROWS = 1024
-# More parts of so many rows might leave the last one none (see `_cuts`).
-_MOST_PARTS = 16
 # Groups of so many times the mean are cut into more parts than their shares.
 _HOT = 1.5
 
@@ -230,18 +228,16 @@ def _cuts(plan: Plan, sizes, num_rows: int):
   fills the other blocks. Of groups about as long as each other, parts of less
   than a share would only take two turns for one.
 
-  No part is empty but of an empty group: of n parts of 1024 rows or more, those
-  before the last are together longer by at most 7 + 64 n rows than they would
-  be if all were equal.
+  No part is empty but of an empty group.
   """
   fair, mean = plan.part_rows, num_rows / plan.num_experts
   shares = jnp.where(
     sizes > int(_HOT * mean), pl.cdiv(sizes, fair), (sizes + fair // 8) // fair
   )
-  most = jnp.minimum(sizes // _LEAST_ROWS, _MOST_PARTS)
-  count = jnp.maximum(jnp.minimum(shares, most), 1)
-  length = pl.cdiv(pl.cdiv(sizes + (plan.aligned - 1), count), ROWS) * ROWS
-  return length, count
+  count = jnp.maximum(jnp.minimum(shares, sizes // _LEAST_ROWS), 1)
+  length = pl.cdiv(pl.cdiv(sizes, count), ROWS) * ROWS
+  # Of whole steps fewer parts may do.
+  return length, jnp.maximum(pl.cdiv(sizes, jnp.maximum(length, 1)), 1)
 
 
 class Part(NamedTuple):
@@ -277,7 +273,7 @@ def part_at(plan: Plan, parts: Parts, number) -> Part:
   return Part(
     expert,
     jnp.maximum(first, start),
-    jnp.minimum(end, start + length),
+    jnp.where(is_last, end, start + length),
     jnp.where(is_last, nth, -1),
     before - rank + jnp.where(is_last, 0, nth),
   )
