@@ -15,6 +15,7 @@ import scattermoe_jax as sm
 from scattermoe_jax._compat import Device
 from scattermoe_jax.kernels import Columns, Problem, mosaic, xla
 from scattermoe_jax.kernels.config import TileConfig
+from scattermoe_jax.kernels.schedule import window_schedule
 from scattermoe_jax.ops.activations import get_activation
 from scattermoe_jax.routing import route
 from tests.accuracy import assert_accurate
@@ -143,6 +144,46 @@ def test_fused_forms_interpreted_without_races(gated):
   assert_equals_xla("down_projection_grad", got, *args, activation=activation)
 
 
+@needs_mosaic
+@pytest.mark.parametrize(
+  "name",
+  [
+    "scatter2scatter",
+    pytest.param("up_projection", marks=pytest.mark.slow),
+    pytest.param("down_projection_grad", marks=pytest.mark.slow),
+  ],
+)
+def test_clusters_interpreted_without_races(monkeypatch, name):
+  from scattermoe_jax.kernels.mosaic import matmul_tiles
+  from tests.interpreted_mosaic import mosaic_interpreted
+
+  monkeypatch.setattr(matmul_tiles, "_LARGE_BYTES", 0)
+  # Windows of two blocks: of one expert, of two, of one and a window without
+  # rows, and of no group.
+  sizes, top_k = (200, 300, 112), 2
+  ids = np.repeat(np.arange(3, dtype=np.int32), sizes).reshape(-1, top_k)
+  routing, rng = route(jnp.asarray(ids), 2), np.random.default_rng(0)
+  windows = window_schedule(routing.group_sizes, ids.size, 128, 8, 2)
+  assert windows.expert_ids[:8].tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+  assert windows.ends[:8].tolist() == [128, 72, 128, 128, 44, 0, 116, 0]
+  silu = get_activation("silu", gated=True)
+  x, w = normal(rng, ids.shape[0], 64), normal(rng, 2, 64, 256)
+  if name == "scatter2scatter":
+    args = (normal(rng, ids.size, 64), normal(rng, 2, 128, 64), routing)
+    options = dict(grouped_in=True, grouped_out=True, transpose_w=True)
+  elif name == "up_projection":
+    args = (x, w, routing)
+    options = dict(bias=normal(rng, 2, 256), activation=silu, keep_h=True)
+  else:
+    h = normal(rng, ids.size, 256)
+    gates = jnp.asarray(rng.random(ids.size), jnp.float32)
+    args = (x, normal(rng, 2, 128, 64), h, gates, routing)
+    options = dict(activation=silu)
+  backend = mosaic_interpreted(detect_races=True)
+  got = getattr(backend, name)(*args, **options)
+  assert_equals_xla(name, got, *args, **options)
+
+
 LOWERED = {
   # name: (T, d, n, E, k, dtype, activation)
   "eight_experts": (16384, 4096, 14336, 8, 2, "bfloat16", "silu"),
@@ -246,6 +287,19 @@ def test_blocks_keep_pace_where_a_tile_is_long(steps_missing, kept):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("n, shares", [(1024, True), (960, False)])
+def test_blocks_load_large_matrices_together(n, shares):
+  sd, E, d = jax.ShapeDtypeStruct, 4, 2048
+  args = (
+    sd((512, d), "bfloat16"),
+    sd((E, d, n), "bfloat16"),
+    sd((512, 2), "int32"),
+  )
+  product = lambda x, w, ids: mosaic.scatter2scatter(x, w, route(ids, E))
+  assert ("multicast" in lowered(product, *args)) == shares
+
+
+@needs_mosaic
 @pytest.mark.parametrize("steps", [32, 45, 64, 100])
 def test_all_blocks_report_as_often_and_in_order(steps):
   from scattermoe_jax.kernels.mosaic import pace
@@ -291,6 +345,41 @@ def test_blocks_that_keep_pace_are_right_on_gpu():
     assert_accurate(
       y[tokens[some], choices[some]], truth, jnp.dot(rows, w[expert])
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("not_here", [0.0, 0.3])
+def test_clusters_change_no_bit_on_gpu(monkeypatch, not_here):
+  from scattermoe_jax.kernels.mosaic import matmul_tiles
+
+  T, d, n, E, k = 3000, 512, 256, 8, 2
+  rng = np.random.default_rng(0)
+  ids = np.argsort(rng.random((T, E)), axis=1)[:, :k]
+  ids = np.where(rng.random(ids.shape) < not_here, E, ids).astype(np.int32)
+  routing = route(jnp.asarray(ids), E)
+  x, w_in, w_out = (normal(rng, *s) for s in ((T, d), (E, d, 2 * n), (E, n, d)))
+  h, gates = normal(rng, T * k, 2 * n), jnp.asarray(rng.random(T * k))
+  grouped = dict(grouped_in=True, grouped_out=True, transpose_w=True)
+  fused = dict(activation=get_activation("silu", gated=True))
+  calls = {
+    "scatter2scatter": ((h, w_in, routing), grouped),
+    "up_projection": (
+      (x, w_in, routing),
+      fused | dict(bias=None, keep_h=True),
+    ),
+    "down_projection_grad": ((x, w_out, h, gates, routing), fused),
+  }
+  here = np.asarray(routing.expert_ids) < E
+  for name, (args, options) in calls.items():
+    results = []
+    for least in (0, 2**40):
+      monkeypatch.setattr(matmul_tiles, "_LARGE_BYTES", least)
+      jax.clear_caches()
+      results.append(getattr(mosaic, name)(*args, **options))
+    for together, alone in zip(*map(jax.tree.leaves, results), strict=True):
+      together, alone = (np.asarray(a)[here] for a in (together, alone))
+      np.testing.assert_array_equal(together, alone, err_msg=name)
+    assert_equals_xla(name, results[0], *args, **options)
 
 
 @needs_mosaic

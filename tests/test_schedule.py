@@ -21,12 +21,12 @@ def schedule(group_sizes, num_rows, block_m):
   return tile_schedule(group_sizes, num_rows, block_m)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def windows_of(group_sizes, expert_of_row, block_m, align):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def windows_of(group_sizes, expert_of_row, block_m, align, multiple):
   """The windows, and (window, place) of each row."""
-  num_rows = expert_of_row.shape[0]
-  windows = window_schedule(group_sizes, num_rows, block_m, align)
-  places = places_in_windows(expert_of_row, group_sizes, block_m, align)
+  cut = (block_m, align, multiple)
+  windows = window_schedule(group_sizes, expert_of_row.shape[0], *cut)
+  places = places_in_windows(expert_of_row, group_sizes, *cut)
   return windows, jnp.divmod(places, block_m)
 
 
@@ -60,22 +60,33 @@ def test_the_most_tiles_are_reached_by_short_groups():
   assert max_tiles(3, 100, 4) == 3
 
 
-@hypothesis.given(st.sampled_from([(8, 1), (8, 8), (16, 8)]), GROUP_SIZES)
-def test_windows_cover_every_row_once_and_start_aligned(blocks, group_sizes):
+@hypothesis.given(
+  st.sampled_from([(8, 1), (8, 8), (16, 8)]), st.integers(1, 3), GROUP_SIZES
+)
+def test_windows_cover_every_row_once_and_start_aligned(
+  blocks, multiple, group_sizes
+):
   num_rows, (block_m, align) = 120, blocks
   # Rows of no group are the group after the last.
   sizes = [*group_sizes, num_rows - sum(group_sizes)]
   expert_of_row = np.repeat(np.arange(7, dtype=np.int32), sizes)
   windows, (window, place) = windows_of(
-    jnp.array(group_sizes, jnp.int32), expert_of_row, block_m, align
+    jnp.array(group_sizes, jnp.int32), expert_of_row, block_m, align, multiple
   )
   covered = []
-  num_tiles = int(windows.num_tiles)
-  assert num_tiles <= windows.first_rows.shape[0]
+  num_tiles, length = int(windows.num_tiles), windows.first_rows.shape[0]
+  assert num_tiles <= length and length % multiple == 0
+  assert windows.group_windows[-2] % multiple == 0
   for i in range(num_tiles):
     first = int(windows.first_rows[i])
     assert first % align == 0
     begin, end = int(windows.begins[i]), int(windows.ends[i])
+    if first == begin == end == 0:
+      of_groups = int(windows.group_windows[-2])
+      assert of_groups - multiple < i < of_groups and group_sizes != [0] * 6
+      assert i == of_groups - 1 or not np.any(windows.ends[i + 1 : of_groups])
+      assert windows.expert_ids[i] == windows.expert_ids[i - 1] < 6
+      continue
     assert 0 <= begin < end <= block_m
     rows = range(first + begin, first + end)
     assert set(expert_of_row[rows]) == {int(windows.expert_ids[i])}

@@ -57,14 +57,20 @@ def max_tiles(num_rows: int, num_groups: int, block_m: int) -> int:
 
 
 def max_windows(
-  num_rows: int, num_groups: int, block_m: int, align: int = 1
+  num_rows: int,
+  num_groups: int,
+  block_m: int,
+  align: int = 1,
+  multiple: int = 1,
 ) -> int:
   """Returns the most windows that `window_schedule` can need.
 
   Aligning can lengthen each group, and the rows of none, by align - 1 rows.
   """
   num_groups += 1
-  return max_tiles(num_rows + num_groups * (align - 1), num_groups, block_m)
+  most = max_tiles(num_rows + num_groups * (align - 1), num_groups, block_m)
+  # The groups' windows, and those of no group.
+  return -(-(most + multiple - 1) // multiple) * multiple
 
 
 def tile_schedule(
@@ -96,7 +102,11 @@ def tile_schedule(
 
 
 def window_schedule(
-  group_sizes: Int[Array, " E"], num_rows: int, block_m: int, align: int = 1
+  group_sizes: Int[Array, " E"],
+  num_rows: int,
+  block_m: int,
+  align: int = 1,
+  multiple: int = 1,
 ) -> WindowSchedule:
   """Returns windows over all rows; those of no group form a last group, E.
 
@@ -114,6 +124,8 @@ def window_schedule(
     num_rows: S.
     block_m: rows of a window, a multiple of `align`.
     align: what the start of a window is a multiple of.
+    multiple: what the number of windows of the groups is a multiple of: the
+      last group has windows without rows up to that.
 
   Example:
     >>> windows = window_schedule(jnp.array([5, 3]), 10, 8, align=4)
@@ -121,8 +133,10 @@ def window_schedule(
     ([0, 4, 8, 0], [0, 1, 0, 0])
   """
   num_experts = group_sizes.shape[0]
-  length = max_windows(num_rows, num_experts, block_m, align)
-  groups = _groups(group_sizes, num_rows, block_m, align, num_experts + 1)
+  length = max_windows(num_rows, num_experts, block_m, align, multiple)
+  groups = _groups(
+    group_sizes, num_rows, block_m, align, num_experts + 1, multiple
+  )
   return _windows(groups, length, block_m)
 
 
@@ -131,6 +145,7 @@ def places_in_windows(
   group_sizes: Int[Array, " E"],
   block_m: int,
   align: int = 1,
+  multiple: int = 1,
 ) -> Int[Array, " S"]:
   """Returns the place of each grouped row, counting all rows of all windows.
 
@@ -139,10 +154,11 @@ def places_in_windows(
     group_sizes: as given to `window_schedule`, like the rest.
     block_m: rows of a window.
     align: what the start of a window is a multiple of.
+    multiple: what the number of windows of the groups is a multiple of.
   """
   num_rows = expert_ids.shape[0]
   num_groups = group_sizes.shape[0] + 1
-  groups = _groups(group_sizes, num_rows, block_m, align, num_groups)
+  groups = _groups(group_sizes, num_rows, block_m, align, num_groups, multiple)
   before = groups.first_tiles * block_m - groups.aligned
   return jnp.arange(num_rows, dtype=jnp.int32) + take_rows(before, expert_ids)
 
@@ -171,6 +187,7 @@ def _groups(
   block_m: int,
   align: int,
   num_groups: int,
+  multiple: int = 1,
 ) -> _Groups:
   """Returns where groups lie; the rows of none are group E, if counted."""
   # Barriers, or XLA would count once more in every kernel that reads a count.
@@ -189,7 +206,14 @@ def _groups(
   tile_ends = lax.optimization_barrier(
     sum_where(groups[None, :] <= groups[:, None], tiles)
   )
-  return _Groups(starts, ends, aligned, tile_ends - tiles, tile_ends)
+  first_tiles = tile_ends - tiles
+  if multiple > 1:
+    # The last group that has windows has more; the rows of none come later.
+    last = tile_ends[group_sizes.shape[0] - 1]
+    more = -last % jnp.int32(multiple)
+    tile_ends += jnp.where(tile_ends >= last, more, 0)
+    first_tiles += jnp.where(first_tiles >= last, more, 0)
+  return _Groups(starts, ends, aligned, first_tiles, tile_ends)
 
 
 def _windows(groups: _Groups, length: int, block_m: int) -> WindowSchedule:
@@ -201,7 +225,9 @@ def _windows(groups: _Groups, length: int, block_m: int) -> WindowSchedule:
   in_use = group < num_groups
   group = jnp.minimum(group, num_groups - 1)
   place = (tiles - groups.first_tiles[group]) * block_m
-  first_rows = jnp.where(in_use, groups.aligned[group] + place, 0)
+  first_rows = groups.aligned[group] + place
+  in_use &= groups.ends[group] > first_rows
+  first_rows = jnp.where(in_use, first_rows, 0)
 
   def clip(row):
     rows = jnp.where(in_use, jnp.clip(row - first_rows, 0, block_m), 0)

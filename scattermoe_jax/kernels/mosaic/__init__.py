@@ -248,7 +248,8 @@ def _differentiate(dy, w, h, gates, routing, *, plan, activation):
       routing.expert_ids,
       routing.group_sizes,
       plan.config.block_m,
-      ALIGN,
+      align=ALIGN,
+      multiple=plan.cluster,
     )
     # One partial sum for each tile of columns, added in one order.
     sums = jnp.sum(sums, axis=1).reshape(-1)

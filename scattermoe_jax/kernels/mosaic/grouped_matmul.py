@@ -11,6 +11,10 @@ consumers multiply from it and store.
      TMA or     w (64, n)     acc (m, n) float32 in registers
      cp.async   x num_stages            --> epilogue --> global memory
 
+Where matrices are large, blocks are clusters of two, on tiles one below the
+other. If both are of one expert, each loads half of its w into both: half the
+bytes from L2. A stage is empty once both blocks have multiplied it.
+
 The consumers share each tile: one multiplies its upper rows, one its lower. A
 sum that fits in registers beside the next one is stored while that is made.
 The rows of one tile belong to one expert, and its epilogue stores no others.
@@ -34,14 +38,15 @@ from scattermoe_jax.kernels.mosaic.matmul_tiles import (
   CONSUMERS,
   Plan,
   Tile,
+  place_of_turn,
+  slice_of_w,
 )
 from scattermoe_jax.kernels.mosaic.pace import Pace
 from scattermoe_jax.kernels.schedule import window_schedule
 from scattermoe_jax.routing import Routing
 
 _PRODUCER = 2  # index of the warpgroup that loads
-# One k-step of cp.async is in flight while the next is issued.
-_IN_FLIGHT = 1
+_IN_FLIGHT = 1  # k-steps of cp.async, while the next is issued
 
 
 class _Registers(NamedTuple):
@@ -77,7 +82,13 @@ def multiply(
   """
   config, stages = plan.config, plan.config.num_stages
   schedule = list(
-    window_schedule(routing.group_sizes, plan.num_rows, config.block_m, ALIGN)
+    window_schedule(
+      routing.group_sizes,
+      plan.num_rows,
+      config.block_m,
+      align=ALIGN,
+      multiple=plan.cluster,
+    )
   )
   if slice_index is not None:
     schedule.append(slice_index[None])
@@ -92,30 +103,28 @@ def multiply(
     outs, refs = refs[: len(out_types)], refs[len(out_types) :]
     x_smem, w_smem, full, empty, *scratch = refs
     warpgroup = lax.axis_index("warpgroup")
-    block = lax.axis_index("block")
-    num_tiles_m = tiles[4][plan.num_experts]  # up to the last group's end
-    num_tiles = num_tiles_m * plan.num_tiles_n
-    mine = (num_tiles - block + config.num_sms - 1) // config.num_sms
+    cluster, block = lax.axis_index("cluster"), lax.axis_index("block")
+    num_clusters = config.num_sms // plan.cluster
+    # A cluster takes as many row tiles at a time as it has blocks.
+    num_turns_m = lt.cdiv(tiles[4][plan.num_experts], plan.cluster)
+    num_turns = num_turns_m * plan.num_tiles_n
+    mine = (num_turns - cluster + num_clusters - 1) // num_clusters
 
     def index_of(t):
-      """Returns (row tile, column tile) of this block's t-th tile.
-
-      Columns of a band first: blocks side by side read the same rows, and
-      write them whole.
-      """
-      linear = block + t * config.num_sms
-      if not 0 < config.band_n < plan.num_tiles_n:
-        return linear // plan.num_tiles_n, lax.rem(linear, plan.num_tiles_n)
-      band = linear // (num_tiles_m * config.band_n)
-      first = band * config.band_n
-      width = jnp.minimum(config.band_n, plan.num_tiles_n - first)
-      place = linear - first * num_tiles_m
-      return place // width, first + lax.rem(place, width)
+      """Returns (first row tile of the cluster's t-th turn, column tile)."""
+      turn = cluster + t * num_clusters
+      row, column = place_of_turn(plan, turn, num_turns_m)
+      return row * plan.cluster, column
 
     def entry(t):
-      """Loads the t-th tile's row of the schedule; used a tile later."""
-      index_m = jnp.clip(index_of(t)[0], 0, plan.num_windows - 1)
-      return tuple(ref[index_m] for ref in tiles[:4])
+      """Loads the t-th tile's row of the schedule; used a tile later.
+
+      Last, whether all blocks of the cluster multiply by the same matrix.
+      """
+      index_m = jnp.clip(index_of(t)[0], 0, plan.num_windows - plan.cluster)
+      experts = tiles[0]
+      is_shared = experts[index_m] == experts[index_m + plan.cluster - 1]
+      return *(ref[index_m + block] for ref in tiles[:4]), is_shared
 
     def num_steps(expert):
       return jnp.where(expert < plan.num_experts, steps_k, 0)
@@ -127,7 +136,7 @@ def multiply(
       pace = Pace.of(config.num_sms, steps_k)
 
       def locate(loaded):
-        _, first, _, end = loaded
+        _, first, _, end, _ = loaded
         if plan.grouped_in:
           return ()
         return rows.locate(ids, first, end, config.block_m)
@@ -136,10 +145,10 @@ def multiply(
         step, previous, now, places, soon = carry
         # One tile ahead: its rows' places, and the entry after that.
         next_places, later = locate(soon), entry(t + 2)
-        expert, first, _, _ = now
+        expert, first, _, _, is_shared = now
         index_n = index_of(t)[1]
         first = pl.multiple_of(first, ALIGN)
-        all_have_one = (t + 1) * config.num_sms <= num_tiles
+        all_have_one = (t + 1) * num_clusters <= num_turns
         if pace is not None:
           pl.when(all_have_one & (num_steps(expert) == 0))(pace.skip)
 
@@ -155,11 +164,22 @@ def multiply(
           def _():
             plgpu.barrier_wait(empty.at[slot])
 
-          for half in range(plan.halves):
-            source = _w_slice(plan, expert, column, index_n, half, shift)
-            plgpu.copy_gmem_to_smem(
-              w.at[source], w_smem.at[slot, half], full.at[slot]
-            )
+          def load_w(together=None):
+            for half in range(plan.halves):
+              source = slice_of_w(plan, expert, column, index_n, half, shift)
+              plgpu.copy_gmem_to_smem(
+                w.at[source],
+                w_smem.at[slot, half],
+                full.at[slot],
+                collective_axes=together,
+              )
+
+          if plan.cluster > 1:
+            # Each block loads its share into all of them.
+            pl.when(is_shared)(lambda: load_w("block"))
+            pl.when(jnp.logical_not(is_shared))(load_w)
+          else:
+            load_w()
           if plan.grouped_in:
             plgpu.copy_gmem_to_smem(
               x.at[pl.ds(first, config.block_m), pl.ds(column, config.block_k)],
@@ -236,14 +256,14 @@ def multiply(
       part = warpgroup * plan.part_m
 
       def tile_of(t, entry):
-        expert, first, begin, end = entry
+        expert, first, begin, end, _ = entry
         index_m, index_n = index_of(t)
         return Tile(
           expert=expert,
           row=first + part,
           begin=jnp.clip(begin - part, 0, plan.part_m),
           end=jnp.clip(end - part, 0, plan.part_m),
-          index_m=index_m,
+          index_m=index_m + block,
           index_n=index_n,
           part=part,
           consumer=warpgroup,
@@ -359,11 +379,13 @@ def multiply(
         transforms=lt.OPERAND,
       ),
       plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+      lt.barrier_of_cluster(plan.cluster, CONSUMERS, stages),
       *epilogue.scratch_types(plan),
     ],
-    grid=(config.num_sms,),
-    grid_names=("block",),
+    grid=(config.num_sms // plan.cluster,),
+    grid_names=("cluster",),
+    cluster=(plan.cluster,),
+    cluster_names=("block",),
     num_threads=CONSUMERS + 1,
     thread_name="warpgroup",
     kernel_name=epilogue.name,
@@ -376,11 +398,3 @@ def multiply(
   outs = kernel(x, w, routing.scattered_ids, *schedule, *operands)
   # plgpu.kernel forgets over which mesh axes its results differ.
   return vary_over(outs, varying_axes(x, w, routing, operands))
-
-
-def _w_slice(plan: Plan, expert, column, index_n, half: int, shift):
-  """Returns the slice of w for one half of a k-step."""
-  ks = pl.ds(column, plan.config.block_k)
-  first = index_n * plan.part_n + half * (plan.d_out // plan.halves)
-  ns = pl.ds(first if shift is None else first + shift, plan.part_n)
-  return (expert, ns, ks) if plan.transpose_w else (expert, ks, ns)

@@ -37,6 +37,20 @@ BY_ROW = (plgpu.TilingTransform((1, COLUMNS)), plgpu.SwizzleTransform(128))
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
+def barrier_of_cluster(cluster: int, num_arrivals: int, num_barriers: int):
+  """Returns barriers at which each block of a cluster arrives so often.
+
+  To arrive at one is to arrive at that of every block.
+  """
+  if cluster == 1:
+    return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=num_barriers)
+  return plgpu.ClusterBarrier(
+    collective_axes=("block",),
+    num_arrivals=num_arrivals,
+    num_barriers=num_barriers,
+  )
+
+
 def per_thread(count: int):
   """Returns the layout of an array that gives each thread `count` values."""
   return plgpu.Layout.WG_STRIDED((WARPGROUP * count,), vec_size=1)

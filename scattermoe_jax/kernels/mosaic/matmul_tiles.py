@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from scattermoe_jax.kernels.config import TileConfig
@@ -14,6 +17,9 @@ CONSUMERS = 2
 # Tiles start at multiples of 8 rows, as TMA asks of rows that it copies for the
 # tensor core or the epilogue. All products do, so that they share one schedule.
 ALIGN = 8
+# Of an expert's matrix, from which on blocks load it in pairs: of 26 products
+# of seven layers those above gained by it, those below lost or were the same.
+_LARGE_BYTES = 4 * 2**20
 
 
 class Tile(NamedTuple):
@@ -76,8 +82,24 @@ class Plan:
   def num_windows(self) -> int:
     """The most tiles of rows."""
     return max_windows(
-      self.num_rows, self.num_experts, self.config.block_m, ALIGN
+      self.num_rows,
+      self.num_experts,
+      self.config.block_m,
+      align=ALIGN,
+      multiple=self.cluster,
     )
+
+  @property
+  def cluster(self) -> int:
+    """Blocks that load an expert's matrix together, each a share of it.
+
+    They multiply tiles one below the other, for the most part of one expert.
+    Small matrices stay in L2 anyway, and blocks that wait for each other lose.
+    """
+    rows = self.num_rows / self.num_experts
+    num_bytes = self.d_in * self.d_out * jnp.dtype(self.dtype).itemsize
+    pays = num_bytes >= _LARGE_BYTES and rows >= 2 * self.config.block_m
+    return 2 if pays and self.config.num_sms % 2 == 0 else 1
 
   @property
   def part_n(self) -> int:
@@ -88,3 +110,36 @@ class Plan:
   def num_tiles_n(self) -> int:
     """Tiles of columns."""
     return lt.cdiv(self.d_out // self.halves, self.part_n)
+
+
+def place_of_turn(plan: Plan, turn, num_turns_m):
+  """Returns (row, column) of a turn: clusters of tiles, numbered in order.
+
+  Columns of a band first: blocks side by side read the same rows, and write
+  them whole.
+
+    band_n = 2     0  1 | 6  7 | 12
+                   2  3 | 8  9 | 13
+                   4  5 |10 11 | 14
+
+  Args:
+    plan: the launch.
+    turn: its number.
+    num_turns_m: rows of clusters of tiles.
+  """
+  columns, band_n = plan.num_tiles_n, plan.config.band_n
+  if not 0 < band_n < columns:
+    return turn // columns, lax.rem(turn, columns)
+  band = turn // (num_turns_m * band_n)
+  first = band * band_n
+  width = jnp.minimum(band_n, columns - first)
+  place = turn - first * num_turns_m
+  return place // width, first + lax.rem(place, width)
+
+
+def slice_of_w(plan: Plan, expert, column, index_n, half: int, shift):
+  """Returns the slice of w for one half of a k-step."""
+  ks = pl.ds(column, plan.config.block_k)
+  first = index_n * plan.part_n + half * (plan.d_out // plan.halves)
+  ns = pl.ds(first if shift is None else first + shift, plan.part_n)
+  return (expert, ns, ks) if plan.transpose_w else (expert, ks, ns)
