@@ -35,6 +35,7 @@ from scattermoe_jax.kernels.mosaic.xty_tiles import (
   make_plan,
   part_at,
   parts_of_groups,
+  tile_at,
 )
 
 ROWS = 64
@@ -51,7 +52,10 @@ class InterpretedOps:
 
   def increment(self, counter, ring, place, turn):
     del counter
-    ring[place] = lax.axis_index("block") + turn * self.num_blocks
+    ring[place] = lax.axis_index("cluster") + turn * lax.axis_size("cluster")
+
+  def meet_cluster(self):
+    pass
 
   def new_flags(self, count):
     # One block: no part is waited for.
@@ -143,6 +147,45 @@ def test_group_xty_gathering_x_equals_oracle():
   truth = oracle.group_xty(x, y, IDS, EXPERTS, y_grouped=True)
   assert_accurate(got, truth, xla.group_xty(x, y, routing, y_grouped=True))
   assert not np.any(np.asarray(got[2], np.float32)), "an expert of no rows"
+
+
+@pytest.mark.parametrize("x_grouped", [False, True])
+def test_blocks_of_a_cluster_load_right_together(x_grouped):
+  layout = dict(x_grouped=x_grouped, y_grouped=not x_grouped)
+  x, y = operands(*layout.values(), *((64, 256) if x_grouped else (256, 64)))
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  blocks = (64, 128) if x_grouped else (128, 64)
+  config = TileConfig(*blocks, num_stages=3, num_sms=2)
+  assert make_plan(x, y, routing, *layout.values(), config).cluster == 2
+  got = interpreted(x, y, routing, config, races=True, **layout)
+  truth = oracle.group_xty(x, y, IDS, EXPERTS, **layout)
+  assert_accurate(got, truth, xla.group_xty(x, y, routing, **layout))
+
+
+@pytest.mark.parametrize(
+  "d, n, y_grouped, num_sms, cluster",
+  [
+    (256, 64, True, 132, 2),
+    (256, 64, True, 131, 1),
+    (384, 64, True, 132, 1),  # Three tiles along left.
+    (256, 64, False, 132, 1),  # Right is gathered.
+    (256, 40, True, 132, 1),  # Right comes by cp.async.
+  ],
+)
+def test_blocks_draw_together_what_they_can_share(
+  d, n, y_grouped, num_sms, cluster
+):
+  x, y = operands(False, y_grouped, d, n)
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  config = TileConfig(128, 64, num_stages=3, num_sms=num_sms)
+  plan = make_plan(x, y, routing, False, y_grouped, config)
+  assert plan.cluster == cluster
+  tiles = [
+    tile_at(plan, parts_of_groups(plan, routing), jnp.int32(i))
+    for i in range(plan.per_part)
+  ]
+  places = {(int(t.left_col), int(t.right_col)) for t in tiles}
+  assert len(places) == plan.per_part
 
 
 def test_group_xty_refuses_tiles_that_would_wait_for_themselves():

@@ -15,6 +15,9 @@ grouped rows by TMA, but in the first and the last step of a group by cp.async
 too: TMA would load a neighbour's rows, and zero times its NaN would be NaN.
 The gathered operand wants the narrow side, where it is a third of the loads. If
 that is y, the tile is one of the transpose, and is transposed when stored.
+
+A cluster of two blocks draws neighbours along left together. Each loads half of
+right's rows into both: half the bytes from L2.
 """
 
 import functools
@@ -124,11 +127,13 @@ def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
         num_arrivals=1 + plan.left.by_tma + plan.right.by_tma,
         num_barriers=stages,
       ),
-      empty=plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=stages),
-      **tickets.scratch_types(readers=MULTIPLIERS),
+      empty=lt.barrier_of_cluster(plan.cluster, MULTIPLIERS, stages),
+      **tickets.scratch_types(plan.cluster, readers=MULTIPLIERS),
     ),
-    grid=(plan.config.num_sms,),
-    grid_names=("block",),
+    grid=(plan.config.num_sms // plan.cluster,),
+    grid_names=("cluster",),
+    cluster=(plan.cluster,),
+    cluster_names=("block",),
     num_threads=MULTIPLIERS + 1,
     thread_name="warpgroup",
     kernel_name="group_xty",
@@ -142,17 +147,15 @@ def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
 def _store_transforms(width: int):
   # TMA wants whole tiles of the output too; narrower ones for odd widths.
   cols = next(c for c in (64, 32, 16, 8) if width % c == 0)
-  tiling = plgpu.TilingTransform((8, cols))
-  if cols == 8:
-    return (tiling,)
-  return (tiling, plgpu.SwizzleTransform(2 * cols))
+  swizzle = [plgpu.SwizzleTransform(2 * cols)] if cols > 8 else []
+  return (plgpu.TilingTransform((8, cols)), *swizzle)
 
 
 def _body(plan, ops, left, right, ids, parts, out, *sums, **scratch):
   """One block: a loader and two multipliers, each walking the same tiles."""
   warpgroup = lax.axis_index("warpgroup")
   partial_sums = PartialSums.of(plan, ops, sums, warpgroup)
-  queue = tickets.Queue(*(scratch.pop(k) for k in ("ring", "drawn", "taken")))
+  queue = tickets.Queue.of(plan.cluster, scratch)
 
   @pl.when(warpgroup == MULTIPLIERS)
   def _():
@@ -164,6 +167,9 @@ def _body(plan, ops, left, right, ids, parts, out, *sums, **scratch):
     plgpu.set_max_registers(216, action="increase")
     _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch)
 
+  if plan.cluster > 1:
+    ops.meet_cluster()  # An arrival needs its barrier, be it another block's.
+
 
 def _load_tiles(plan, ops, queue, parts, left, right, ids, scratch):
   """Fills a ring of stages with the steps of all tiles, one after another."""
@@ -173,8 +179,7 @@ def _load_tiles(plan, ops, queue, parts, left, right, ids, scratch):
     (plan.left, left, scratch["left_smem"]),
     (plan.right, right, scratch["right_smem"]),
   )
-  counter = ops.new_counter()
-  draw = functools.partial(queue.draw, counter=counter, increment=ops.increment)
+  draw = functools.partial(queue.draw, ops.new_counter(), ops.increment)
 
   def tile(i) -> Tile:
     return tile_at(plan, parts, queue.read(i))
@@ -187,7 +192,7 @@ def _load_tiles(plan, ops, queue, parts, left, right, ids, scratch):
 
   def load_tile(carry):
     i, step, t, ids, after = carry
-    # Ids a tile ahead, its group's rows two: nobody waits for their latency.
+    # Ids a tile ahead, its group's rows two: nobody waits for them.
     draw(i + tickets.AHEAD)
     next_ids, after_next = row_ids(after, 0), tile(i + 2)
 
@@ -196,13 +201,13 @@ def _load_tiles(plan, ops, queue, parts, left, right, ids, scratch):
       slot = lax.rem(step, stages)
       next_ids = row_ids(t, k + 1)
 
-      # Wait until both multipliers are done with what was in this slot.
       @pl.when(step >= stages)
       def _():
+        # All multipliers, of all blocks, are done with this slot.
         plgpu.barrier_wait(empty.at[slot])
 
       loads = zip(sides, columns(plan, t), strict=True)
-      # TMA first: it is one instruction, and runs while rows are copied.
+      # TMA first: one instruction, which runs while rows are copied.
       for side, col in sorted(loads, key=lambda load: not load[0][0].by_tma):
         _load_step(ops, side, t, k, col, ids, slot, full)
       ops.commit()
@@ -273,7 +278,10 @@ def _load_step(ops, side_refs, t: Tile, k, col, ids, slot, full):
   def _():
     rows = pl.ds(pl.multiple_of(first_row, 8), _ROWS)
     plgpu.copy_gmem_to_smem(
-      source.at[rows, pl.ds(col, side.block)], smem.at[slot], full.at[slot]
+      source.at[rows, pl.ds(col, side.block)],
+      smem.at[slot],
+      full.at[slot],
+      collective_axes="block" if side.shared else None,
     )
 
   @pl.when(jnp.logical_not(inside))
@@ -304,7 +312,6 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
     i, step, t, held, before = carry
     following = tile(i + 1)
     pieces = _pieces(plan, before, held, warpgroup, out, scratch["out_smem"])
-
     in_turn = t.num_steps >= len(pieces)
 
     @pl.when(jnp.logical_not(in_turn))
@@ -340,8 +347,7 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
 
     shape = (LEFT_EACH, plan.right.block)
     sums = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-    chunks = [sums[:, i : i + lt.COLUMNS] for i in columns_of_chunks]
-    done = t
+    chunks, done = [sums[:, i : i + lt.COLUMNS] for i in columns_of_chunks], t
     if partial_sums is not None:
       chunks = partial_sums.join(t, chunks)
       done = t._replace(number=jnp.where(t.others < 0, -1, t.number))

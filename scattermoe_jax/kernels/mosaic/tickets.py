@@ -11,6 +11,10 @@ the other warpgroups through a ring in shared memory:
   read(i)    all:     wait drawn[i % RING], read
   release(i) others:  the place may be used again
 
+A cluster of blocks draws one ticket for as many numbers as it has blocks, and
+each takes its own: of ticket q, block b of n takes number n q + b. The first
+block's loader writes it into the rings of all; all meet at the barriers.
+
 The loader may draw only what the others can reach by what it has announced:
 else it waits for a place, and they for a step.
 
@@ -20,48 +24,65 @@ work-queue of Gupta et al., A study of persistent threads style GPU
 programming (2012).
 """
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from scattermoe_jax.kernels.mosaic import layouts as lt
 
 RING = 8
 # Tiles between drawing a number and needing it: the counter is far away.
 AHEAD = 3
 
 
-def scratch_types(readers: int) -> dict:
-  """Returns the scratch of a ring that `readers` other warpgroups read."""
+def scratch_types(cluster: int, readers: int) -> dict:
+  """Returns the scratch of a ring.
+
+  Args:
+    cluster: blocks that draw together.
+    readers: other warpgroups that read, of each block.
+  """
   return dict(
     ring=plgpu.SMEM((RING,), jnp.int32),
-    drawn=plgpu.Barrier(num_arrivals=1, num_barriers=RING),
-    taken=plgpu.Barrier(num_arrivals=readers, num_barriers=RING),
+    drawn=lt.barrier_of_cluster(cluster, 1, RING),
+    taken=lt.barrier_of_cluster(cluster, readers, RING),
   )
 
 
-class Queue:
+class Queue(NamedTuple):
   """One warpgroup's view of the tickets of its block."""
 
-  def __init__(self, ring, drawn, taken):
-    self._ring, self._drawn, self._taken = ring, drawn, taken
+  ring: Any
+  drawn: Any
+  taken: Any
+  cluster: int
 
-  def draw(self, i, counter, increment) -> None:
-    """Draws the block's i-th number; for the loading warpgroup."""
+  @classmethod
+  def of(cls, cluster: int, scratch: dict) -> "Queue":
+    """Takes what it needs out of the scratch of `scratch_types`."""
+    ring, drawn, taken = map(scratch.pop, ("ring", "drawn", "taken"))
+    return cls(ring, drawn, taken, cluster)
+
+  def draw(self, counter, increment, i) -> None:
+    """Draws the cluster's i-th ticket; for the loading warpgroups."""
     place = lax.rem(i, RING)
 
     @pl.when(i >= RING)
     def _():
-      plgpu.barrier_wait(self._taken.at[place])
+      plgpu.barrier_wait(self.taken.at[place])
 
-    increment(counter, self._ring, place, i)
-    plgpu.barrier_arrive(self._drawn.at[place])
+    increment(counter, self.ring, place, i)
+    plgpu.barrier_arrive(self.drawn.at[place])
 
   def read(self, i):
     """Returns the block's i-th number, waiting until it is drawn."""
     place = lax.rem(i, RING)
-    plgpu.barrier_wait(self._drawn.at[place])
-    return self._ring[place]
+    plgpu.barrier_wait(self.drawn.at[place])
+    return self.ring[place] * self.cluster + lax.axis_index("block")
 
   def release(self, i) -> None:
     """Says that this warpgroup has read the i-th number."""
-    plgpu.barrier_arrive(self._taken.at[lax.rem(i, RING)])
+    plgpu.barrier_arrive(self.taken.at[lax.rem(i, RING)])

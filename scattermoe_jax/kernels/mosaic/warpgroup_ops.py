@@ -16,13 +16,14 @@ And numbers drawn from a counter that all blocks share (`tickets`).
 The interpreter cannot run these; tests exchange them (`ops` in `grouped_xty`).
 """
 
+import math
 from typing import Any
 
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, gpu, nvvm
 
 from scattermoe_jax.kernels.mosaic import layouts as lt
 
@@ -186,6 +187,8 @@ def wait_for(flags, i) -> None:
 def increment(counter, ring, place, turn) -> None:
   """Writes the counter's next number to ring[place].
 
+  In a cluster all blocks call this, the first draws, for all of them.
+
   The interpreter, which has no counter that blocks share, deals by `turn`
   instead: how many numbers this block has drawn before.
   """
@@ -194,19 +197,55 @@ def increment(counter, ring, place, turn) -> None:
   @plgpu.inline_mgpu(
     arg_types=(plgpu.RefType(), plgpu.RefType(), lt.SCALAR),
   )
-  def add(_, counter, ring, place):
-    with mgpu_utils.when(lt.is_first_thread()):
-      number = llvm.atomicrmw(
-        llvm.AtomicBinOp.add,
-        mgpu_utils.memref_ptr(counter),
-        lt.const(1),
-        llvm.AtomicOrdering.monotonic,
+  def add(context, counter, ring, place):
+    draws, blocks = lt.is_first_thread(), math.prod(context.cluster_size)
+    if blocks > 1:
+      block = mgpu_utils.cluster_idx(gpu.Dimension.x)
+      is_first = arith.cmpi(
+        arith.CmpIPredicate.eq, arith.index_cast(lt.i32(), block), lt.const(0)
       )
-      offset = arith.muli(lt.scalar(place), lt.const(4))
-      llvm.store(number, lt.at_byte(lt.shared_pointer(ring), offset))
+      draws = arith.andi(draws, is_first)
+    offset = arith.muli(lt.scalar(place), lt.const(4))
+    here = lt.at_byte(lt.shared_pointer(ring), offset)
+    operands = [draws, lt.global_pointer(counter), here]
+    lt.run_ptx(_draw(blocks), "b,l,r", operands)
     return ()
 
   add(counter, ring, place)
+
+
+def _draw(blocks: int) -> str:
+  """Returns PTX that draws a number for all blocks of a cluster.
+
+  Predicated, for a branch might be copied with the barriers behind it, and all
+  threads of a warp must come to the same one.
+  """
+  lines = [
+    ".reg .u32 number, there;",
+    "@$0 atom.relaxed.gpu.global.add.u32 number, [$1], 1;",
+    "@$0 st.shared.u32 [$2], number;",
+  ]
+  for block in range(1, blocks):
+    lines += [
+      f"@$0 mapa.shared::cluster.u32 there, $2, {block};",
+      "@$0 st.shared::cluster.u32 [there], number;",
+    ]
+  if blocks > 1:
+    # Other threads of this warp arrive at the other blocks' barriers.
+    lines += ["fence.acq_rel.cluster;", "bar.warp.sync 0xffffffff;"]
+  return "{\n" + "\n".join(lines) + "\n}"
+
+
+def meet_cluster() -> None:
+  """Waits until all warpgroups of all blocks of the cluster are here."""
+
+  @plgpu.inline_mgpu()
+  def meet(_):
+    lt.run_ptx("barrier.cluster.arrive.aligned;", "", [])
+    lt.run_ptx("barrier.cluster.wait.aligned;", "", [])
+    return ()
+
+  meet()
 
 
 def _my_row(first_row, group_first, group_end):

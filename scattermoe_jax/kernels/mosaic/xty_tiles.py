@@ -46,6 +46,7 @@ class Side(NamedTuple):
     gathered: whether its rows are scattered.
     fan_out: scattered ids that name the same row, if it is gathered.
     by_tma: whether its rows come by TMA.
+    shared: whether the blocks of a cluster load its rows together.
   """
 
   width: int
@@ -53,6 +54,7 @@ class Side(NamedTuple):
   gathered: bool
   fan_out: int
   by_tma: bool
+  shared: bool = False
 
 
 class Plan(NamedTuple):
@@ -77,6 +79,11 @@ class Plan(NamedTuple):
   config: TileConfig
   most_cuts: int
   part_rows: int
+
+  @property
+  def cluster(self) -> int:
+    """Blocks that draw together, tiles of the same columns of right."""
+    return 2 if self.right.shared else 1
 
   @property
   def num_parts(self) -> int:
@@ -137,9 +144,11 @@ def make_plan(
     # Each cut takes more than 7/8 of `part_rows`, and the first of a group as
     # much again.
     most_cuts = (routing.num_rows - 1) // part_rows
+  left, right = (y_side, x_side) if transposed else (x_side, y_side)
+  in_pairs = pl.cdiv(left.width, left.block) % 2 == config.num_sms % 2 == 0
   return Plan(
-    left=y_side if transposed else x_side,
-    right=x_side if transposed else y_side,
+    left=left,
+    right=right._replace(shared=right.by_tma and in_pairs),
     transposed=transposed,
     num_experts=routing.num_experts,
     dtype=x.dtype,
@@ -312,13 +321,18 @@ class Tile(NamedTuple):
 
 
 def tile_at(plan: Plan, parts: Parts, index) -> Tile:
-  """Returns the tile of that number."""
+  """Returns the tile of that number.
+
+  The tiles of a cluster are neighbours along left, and follow each other.
+  """
   part = jnp.minimum(index // plan.per_part, plan.num_parts - 1)
   within = lax.rem(index, plan.per_part)
+  nth = lax.rem(within, plan.cluster)
+  turn, turns_left = within // plan.cluster, plan.tiles_left // plan.cluster
   band = plan.config.band_n or plan.tiles_right
-  band_start = within // (plan.tiles_left * band) * band
+  band_start = turn // (turns_left * band) * band
   band_width = jnp.minimum(band, plan.tiles_right - band_start)
-  place = within - plan.tiles_left * band_start
+  place = turn - turns_left * band_start
   expert, first, end, others, slot = part_at(plan, parts, part)
   start = first // plan.aligned * plan.aligned
   if plan.most_cuts:
@@ -328,7 +342,7 @@ def tile_at(plan: Plan, parts: Parts, index) -> Tile:
   return Tile(
     index,
     expert,
-    place // band_width * plan.left.block,
+    (place // band_width * plan.cluster + nth) * plan.left.block,
     (band_start + lax.rem(place, band_width)) * plan.right.block,
     first,
     end,
