@@ -198,20 +198,33 @@ def increment(counter, ring, place, turn) -> None:
     arg_types=(plgpu.RefType(), plgpu.RefType(), lt.SCALAR),
   )
   def add(context, counter, ring, place):
-    draws, blocks = lt.is_first_thread(), math.prod(context.cluster_size)
-    if blocks > 1:
-      block = mgpu_utils.cluster_idx(gpu.Dimension.x)
-      is_first = arith.cmpi(
-        arith.CmpIPredicate.eq, arith.index_cast(lt.i32(), block), lt.const(0)
-      )
-      draws = arith.andi(draws, is_first)
+    blocks = math.prod(context.cluster_size)
     offset = arith.muli(lt.scalar(place), lt.const(4))
     here = lt.at_byte(lt.shared_pointer(ring), offset)
-    operands = [draws, lt.global_pointer(counter), here]
-    lt.run_ptx(_draw(blocks), "b,l,r", operands)
+    # The thread that will arrive at a block's barrier writes its number.
+    writes = [
+      _is_thread_of_first_block(block * _THREADS_TO_ARRIVE, blocks)
+      for block in range(blocks)
+    ]
+    operands = [lt.global_pointer(counter), here, *writes]
+    lt.run_ptx(_draw(blocks), "l,r" + ",b" * blocks, operands)
     return ()
 
   add(counter, ring, place)
+
+
+# Of a warpgroup's threads the first of so many arrives at a cluster's barrier
+# in its first block, the first of the next at that in its second block.
+_THREADS_TO_ARRIVE = 8
+
+
+def _is_thread_of_first_block(thread: int, blocks: int) -> ir.Value:
+  equals = lambda a, b: arith.cmpi(arith.CmpIPredicate.eq, a, lt.const(b))
+  is_thread = equals(lt.thread_index(), thread)
+  if blocks == 1:
+    return is_thread
+  block = mgpu_utils.cluster_idx(gpu.Dimension.x)
+  return arith.andi(is_thread, equals(arith.index_cast(lt.i32(), block), 0))
 
 
 def _draw(blocks: int) -> str:
@@ -222,17 +235,18 @@ def _draw(blocks: int) -> str:
   """
   lines = [
     ".reg .u32 number, there;",
-    "@$0 atom.relaxed.gpu.global.add.u32 number, [$1], 1;",
-    "@$0 st.shared.u32 [$2], number;",
+    "mov.u32 number, 0;",
+    "@$2 atom.relaxed.gpu.global.add.u32 number, [$0], 1;",
+    "@$2 st.shared.u32 [$1], number;",
   ]
+  if blocks > 1:
+    lines.append("shfl.sync.idx.b32 number, number, 0, 31, 0xffffffff;")
   for block in range(1, blocks):
     lines += [
-      f"@$0 mapa.shared::cluster.u32 there, $2, {block};",
-      "@$0 st.shared::cluster.u32 [there], number;",
+      f"@${2 + block} mapa.shared::cluster.u32 there, $1, {block};",
+      f"@${2 + block} st.shared::cluster.u32 [there], number;",
+      f"@${2 + block} fence.acq_rel.cluster;",
     ]
-  if blocks > 1:
-    # Other threads of this warp arrive at the other blocks' barriers.
-    lines += ["fence.acq_rel.cluster;", "bar.warp.sync 0xffffffff;"]
   return "{\n" + "\n".join(lines) + "\n}"
 
 
