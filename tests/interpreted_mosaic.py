@@ -4,7 +4,8 @@ The interpreter runs everything but PTX written by hand: the copies of gathered
 rows, and the pace of blocks. In place of the first stands one copy for each
 row, counted by the same barrier, so that the schedule, the ring of stages and
 the epilogues are the real ones; of the second, only when it would report or
-wait is noted.
+wait is noted. What the blocks of a cluster load together each loads whole here,
+so that nobody would see one get what another asked for.
 """
 
 import functools

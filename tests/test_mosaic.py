@@ -5,6 +5,8 @@ behind the seam of `interpreted_mosaic`. On a GPU the kernels themselves run in
 `test_backends.py`, with every other backend.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,14 +160,18 @@ def test_clusters_interpreted_without_races(monkeypatch, name):
   from tests.interpreted_mosaic import mosaic_interpreted
 
   monkeypatch.setattr(matmul_tiles, "_LARGE_BYTES", 0)
+  plans = []
+  cluster = matmul_tiles.Plan.cluster.fget
+  noted = property(lambda plan: plans.append(plan) or cluster(plan))
+  monkeypatch.setattr(matmul_tiles.Plan, "cluster", noted)
   # Windows of two blocks: of one expert, of two, of one and a window without
   # rows, and of no group.
-  sizes, top_k = (200, 300, 112), 2
+  sizes, top_k = (300, 200, 112), 2
   ids = np.repeat(np.arange(3, dtype=np.int32), sizes).reshape(-1, top_k)
   routing, rng = route(jnp.asarray(ids), 2), np.random.default_rng(0)
   windows = window_schedule(routing.group_sizes, ids.size, 128, 8, 2)
-  assert windows.expert_ids[:8].tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
-  assert windows.ends[:8].tolist() == [128, 72, 128, 128, 44, 0, 116, 0]
+  assert windows.expert_ids[:8].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+  assert windows.ends[:8].tolist() == [128, 128, 44, 128, 76, 0, 116, 0]
   silu = get_activation("silu", gated=True)
   x, w = normal(rng, ids.shape[0], 64), normal(rng, 2, 64, 256)
   if name == "scatter2scatter":
@@ -181,6 +187,7 @@ def test_clusters_interpreted_without_races(monkeypatch, name):
     options = dict(activation=silu)
   backend = mosaic_interpreted(detect_races=True)
   got = getattr(backend, name)(*args, **options)
+  assert {cluster(plan) for plan in plans} == {2}
   assert_equals_xla(name, got, *args, **options)
 
 
@@ -371,11 +378,15 @@ def test_clusters_change_no_bit_on_gpu(monkeypatch, not_here):
   }
   here = np.asarray(routing.expert_ids) < E
   for name, (args, options) in calls.items():
-    results = []
+    results, clusters = [], []
     for least in (0, 2**40):
       monkeypatch.setattr(matmul_tiles, "_LARGE_BYTES", least)
       jax.clear_caches()
-      results.append(getattr(mosaic, name)(*args, **options))
+      call = functools.partial(getattr(mosaic, name), *args[:-1], **options)
+      text = jax.jit(call).lower(args[-1]).as_text()
+      clusters.append("multicast" in text)
+      results.append(call(args[-1]))
+    assert clusters == [True, False]
     for together, alone in zip(*map(jax.tree.leaves, results), strict=True):
       together, alone = (np.asarray(a)[here] for a in (together, alone))
       np.testing.assert_array_equal(together, alone, err_msg=name)

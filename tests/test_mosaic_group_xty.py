@@ -165,27 +165,43 @@ def test_blocks_of_a_cluster_load_right_together(x_grouped):
 @pytest.mark.parametrize(
   "d, n, y_grouped, num_sms, cluster",
   [
-    (256, 64, True, 132, 2),
-    (256, 64, True, 131, 1),
-    (384, 64, True, 132, 1),  # Three tiles along left.
-    (256, 64, False, 132, 1),  # Right is gathered.
-    (256, 40, True, 132, 1),  # Right comes by cp.async.
+    (512, 320, True, 132, 2),
+    (512, 320, True, 131, 1),
+    (384, 320, True, 132, 1),  # Three tiles along left.
+    (512, 320, False, 132, 1),  # Right is gathered.
+    (512, 40, True, 132, 1),  # Right comes by cp.async.
   ],
 )
 def test_blocks_draw_together_what_they_can_share(
-  d, n, y_grouped, num_sms, cluster
+  monkeypatch, d, n, y_grouped, num_sms, cluster
 ):
+  cut_to_steps(monkeypatch)
   x, y = operands(False, y_grouped, d, n)
   routing = route(jnp.asarray(IDS), EXPERTS)
-  config = TileConfig(128, 64, num_stages=3, num_sms=num_sms)
+  config = TileConfig(128, 64, num_stages=3, band_n=2, num_sms=num_sms)
   plan = make_plan(x, y, routing, False, y_grouped, config)
   assert plan.cluster == cluster
-  tiles = [
-    tile_at(plan, parts_of_groups(plan, routing), jnp.int32(i))
-    for i in range(plan.per_part)
-  ]
-  places = {(int(t.left_col), int(t.right_col)) for t in tiles}
-  assert len(places) == plan.per_part
+  parts = parts_of_groups(plan, routing)
+  numbers = jnp.arange(plan.num_tiles)
+  tiles = jax.vmap(lambda i: tile_at(plan, parts, i))(numbers)
+  tiles = jax.tree.map(np.asarray, tiles)
+  here = tiles.number < plan.num_tiles
+  assert not np.any(here[1:] & ~here[:-1]), "one after the last"
+  places = tiles.left_col, tiles.right_col, tiles.expert, tiles.first
+  distinct = np.unique(np.stack(places)[:, here], axis=1)
+  assert distinct.shape[1] == sum(here)
+  assert sum(here) % plan.per_part == 0 and sum(here) > 4 * plan.per_part
+  if cluster == 2:
+    first, second = (
+      jax.tree.map(lambda a, nth=nth: a[nth::2], tiles) for nth in range(2)
+    )
+    same = ("expert", "right_col", "first", "end", "start", "num_steps")
+    for name in same:
+      np.testing.assert_array_equal(
+        getattr(first, name), getattr(second, name), err_msg=name
+      )
+    np.testing.assert_array_equal(second.left_col, first.left_col + 128)
+    np.testing.assert_array_equal(here[::2], here[1::2])
 
 
 def test_group_xty_refuses_tiles_that_would_wait_for_themselves():
@@ -489,12 +505,13 @@ def test_group_xty_on_gpu_past_2_to_the_31():
 def test_every_candidate_of_group_xty_is_right_on_gpu():
   ids = distinct_ids(np.random.default_rng(1), 512, 4, 8)
   routing = route(jnp.asarray(ids), 8)
-  problem = Problem(ids.size, 8, 384, 640, "bfloat16", current_device())
+  # 6 and 7 tiles of 128: the former in pairs, the latter not.
+  problem = Problem(ids.size, 8, 768, 896, "bfloat16", current_device())
   for op, x_grouped in (
     ("group_xty_gathered_x", False), ("group_xty_gathered_y", True)
   ):  # fmt: skip
     layout = dict(x_grouped=x_grouped, y_grouped=not x_grouped)
-    x, y = operands(x_grouped, not x_grouped, 384, 640, ids)
+    x, y = operands(x_grouped, not x_grouped, 768, 896, ids)
     truth = oracle.group_xty(x, y, ids, 8, **layout)
     baseline = xla.group_xty(x, y, routing, **layout)
     for config in tuning.candidates(op, problem):

@@ -69,7 +69,7 @@ def max_windows(
   """
   num_groups += 1
   most = max_tiles(num_rows + num_groups * (align - 1), num_groups, block_m)
-  # The groups' windows, and those of no group.
+  # Some are added after those of the groups, and some after those of no group.
   return -(-(most + multiple - 1) // multiple) * multiple
 
 
@@ -125,7 +125,8 @@ def window_schedule(
     block_m: rows of a window, a multiple of `align`.
     align: what the start of a window is a multiple of.
     multiple: what the number of windows of the groups is a multiple of: the
-      last group has windows without rows up to that.
+      last group with rows has windows without rows up to that, which start at
+      row 0, where they begin and end.
 
   Example:
     >>> windows = window_schedule(jnp.array([5, 3]), 10, 8, align=4)

@@ -40,7 +40,10 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 def barrier_of_cluster(cluster: int, num_arrivals: int, num_barriers: int):
   """Returns barriers at which each block of a cluster arrives so often.
 
-  To arrive at one is to arrive at that of every block.
+  To arrive at one is to arrive at that of every block. In a cluster of one, all
+  threads of a warpgroup arrive; in one of more a single thread does for them,
+  and waits for no other: right after `wgmma_wait`, which is the warpgroup's,
+  else after `commit_smem`.
   """
   if cluster == 1:
     return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=num_barriers)

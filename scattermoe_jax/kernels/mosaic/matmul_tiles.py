@@ -17,7 +17,8 @@ CONSUMERS = 2
 # Tiles start at multiples of 8 rows, as TMA asks of rows that it copies for the
 # tensor core or the epilogue. All products do, so that they share one schedule.
 ALIGN = 8
-# Of an expert's matrix, from which on blocks load it in pairs: of 26 products
+# Of an expert's columns that are multiplied, from which on blocks load them in
+# pairs: of 26 products
 # of seven layers those above gained by it, those below lost or were the same.
 _LARGE_BYTES = 4 * 2**20
 
@@ -93,8 +94,9 @@ class Plan:
   def cluster(self) -> int:
     """Blocks that load an expert's matrix together, each a share of it.
 
-    They multiply tiles one below the other, for the most part of one expert.
-    Small matrices stay in L2 anyway, and blocks that wait for each other lose.
+    They multiply tiles one below the other: for the most part of one expert, if
+    experts have rows for two tiles. Small matrices stay in L2 anyway, and
+    blocks that wait for each other lose.
     """
     rows = self.num_rows / self.num_experts
     num_bytes = self.d_in * self.d_out * jnp.dtype(self.dtype).itemsize

@@ -75,7 +75,7 @@ class Queue(NamedTuple):
       plgpu.barrier_wait(self.taken.at[place])
 
     increment(counter, self.ring, place, i)
-    plgpu.barrier_arrive(self.drawn.at[place])
+    self._arrive(self.drawn.at[place])
 
   def read(self, i):
     """Returns the block's i-th number, waiting until it is drawn."""
@@ -85,4 +85,10 @@ class Queue(NamedTuple):
 
   def release(self, i) -> None:
     """Says that this warpgroup has read the i-th number."""
-    plgpu.barrier_arrive(self.taken.at[lax.rem(i, RING)])
+    self._arrive(self.taken.at[lax.rem(i, RING)])
+
+  def _arrive(self, barrier) -> None:
+    if self.cluster > 1:
+      # One thread will arrive for all: first they all come here.
+      plgpu.commit_smem()
+    plgpu.barrier_arrive(barrier)

@@ -214,7 +214,8 @@ def increment(counter, ring, place, turn) -> None:
 
 
 # Of a warpgroup's threads the first of so many arrives at a cluster's barrier
-# in its first block, the first of the next at that in its second block.
+# in its first block, the first of the next at that in its second block: JAX's
+# `CollectiveBarrierRef.arrive` (jax.experimental.mosaic.gpu.utils).
 _THREADS_TO_ARRIVE = 8
 
 
