@@ -84,31 +84,22 @@ class Section(NamedTuple):
     return f"{made}\n\n{_made_by(records)}" if made else ""
 
 
+_STEPS = Section(
+  "bench_mlp", tables.layers, only={"direction": ("forward+backward",)}
+)
+_PRODUCTS = Section(
+  "bench_ops", tables.ops, only={"implementation": ("mosaic",)}
+)
 SECTIONS = (
-  Section(
-    "bench_mlp",
-    tables.layers,
-    only={"direction": ("forward+backward",)},
-    in_readme=("C1", "C2", "C3"),
-  ),
+  _STEPS._replace(in_readme=("C1", "C2", "C3")),
   Section(
     "bench_mlp",
     functools.partial(tables.layers, direction="forward"),
     only={"direction": ("forward",)},
   ),
-  Section(
-    "bench_mlp",
-    tables.layers,
-    device="h100",
-    only={"direction": ("forward+backward",)},
-  ),
-  Section("bench_ops", tables.ops, only={"implementation": ("mosaic",)}),
-  Section(
-    "bench_ops",
-    tables.ops,
-    device="h100",
-    only={"implementation": ("mosaic",)},
-  ),
+  _STEPS._replace(device="h100"),
+  _PRODUCTS,
+  _PRODUCTS._replace(device="h100"),
   Section("bench_attention", tables.attention, in_readme=("k8",)),
   Section("train_attention", tables.learning, device="cpu"),
   Section("bench_memory", tables.memory),

@@ -138,14 +138,24 @@ def interpreted(x, y, routing, config, *, races=False, **layout):
     )(x, y, routing)
 
 
+def assert_interpreted_equals_oracle(
+  x, y, ids, num_experts, config, *, races=False, **layout
+):
+  """Asserts the interpreted kernel's results; returns them."""
+  routing = route(jnp.asarray(ids), num_experts)
+  got = interpreted(x, y, routing, config, races=races, **layout)
+  truth = oracle.group_xty(x, y, ids, num_experts, **layout)
+  assert_accurate(got, truth, xla.group_xty(x, y, routing, **layout))
+  return got
+
+
 def test_group_xty_gathering_x_equals_oracle():
   # 64 of 128 columns: the rest of the tile lies past the width.
   x, y = operands(False, True, 64, 64)
-  routing = route(jnp.asarray(IDS), EXPERTS)
   config = TileConfig(128, 64, num_stages=3, num_sms=2)
-  got = interpreted(x, y, routing, config, y_grouped=True)
-  truth = oracle.group_xty(x, y, IDS, EXPERTS, y_grouped=True)
-  assert_accurate(got, truth, xla.group_xty(x, y, routing, y_grouped=True))
+  got = assert_interpreted_equals_oracle(
+    x, y, IDS, EXPERTS, config, y_grouped=True
+  )
   assert not np.any(np.asarray(got[2], np.float32)), "an expert of no rows"
 
 
@@ -157,9 +167,9 @@ def test_blocks_of_a_cluster_load_right_together(x_grouped):
   blocks = (64, 128) if x_grouped else (128, 64)
   config = TileConfig(*blocks, num_stages=3, num_sms=2)
   assert make_plan(x, y, routing, *layout.values(), config).cluster == 2
-  got = interpreted(x, y, routing, config, races=True, **layout)
-  truth = oracle.group_xty(x, y, IDS, EXPERTS, **layout)
-  assert_accurate(got, truth, xla.group_xty(x, y, routing, **layout))
+  assert_interpreted_equals_oracle(
+    x, y, IDS, EXPERTS, config, races=True, **layout
+  )
 
 
 @pytest.mark.parametrize(
@@ -226,9 +236,9 @@ def test_group_xty_adds_up_the_parts_of_a_long_group(monkeypatch, x_grouped):
   blocks = (64, 128) if x_grouped else (128, 64)
   config = TileConfig(*blocks, num_stages=3, num_sms=1)
   assert make_plan(x, y, routing, *layout.values(), config).most_cuts == 2
-  got = interpreted(x, y, routing, config, races=True, **layout)
-  truth = oracle.group_xty(x, y, IDS, EXPERTS, **layout)
-  assert_accurate(got, truth, xla.group_xty(x, y, routing, **layout))
+  assert_interpreted_equals_oracle(
+    x, y, IDS, EXPERTS, config, races=True, **layout
+  )
 
 
 def test_parts_that_are_not_stored_leave_a_tile_on_its_way_out(monkeypatch):
@@ -241,9 +251,9 @@ def test_parts_that_are_not_stored_leave_a_tile_on_its_way_out(monkeypatch):
   config = TileConfig(128, 128, num_stages=3, num_sms=1)
   plan = make_plan(x, y, routing, False, True, config)
   assert parts_of_groups(plan, routing).count.tolist()[:4] == [2] * 4
-  got = interpreted(x, y, routing, config, races=True, y_grouped=True)
-  truth = oracle.group_xty(x, y, ids, 2, y_grouped=True)
-  assert_accurate(got, truth, xla.group_xty(x, y, routing, y_grouped=True))
+  assert_interpreted_equals_oracle(
+    x, y, ids, 2, config, races=True, y_grouped=True
+  )
 
 
 @pytest.mark.parametrize("gathered", ["x", "y"])
@@ -349,11 +359,10 @@ def test_group_xty_passes_many_experts_without_rows():
   num_experts = 2 * RING
   x, y = operands(False, True, 64, 64)
   ids = np.full_like(IDS, 5)
-  routing = route(jnp.asarray(ids), num_experts)
   config = TileConfig(128, 64, num_stages=3, num_sms=1)
-  got = interpreted(x, y, routing, config, y_grouped=True)
-  truth = oracle.group_xty(x, y, ids, num_experts, y_grouped=True)
-  assert_accurate(got, truth, xla.group_xty(x, y, routing, y_grouped=True))
+  assert_interpreted_equals_oracle(
+    x, y, ids, num_experts, config, y_grouped=True
+  )
 
 
 def test_group_xty_gathering_y_keeps_a_neighbours_nan_out():

@@ -84,7 +84,7 @@ def test_windows_cover_every_row_once_and_start_aligned(
     if first == begin == end == 0:
       of_groups = int(windows.group_windows[-2])
       assert of_groups - multiple < i < of_groups and group_sizes != [0] * 6
-      assert i == of_groups - 1 or not np.any(windows.ends[i + 1 : of_groups])
+      assert not np.any(windows.ends[i:of_groups])
       assert windows.expert_ids[i] == windows.expert_ids[i - 1] < 6
       continue
     assert 0 <= begin < end <= block_m

@@ -204,17 +204,16 @@ def _groups(
   ends = jnp.where(groups == group_sizes.shape[0], jnp.int32(num_rows), ends)
   aligned = starts - starts % jnp.int32(align)
   tiles = jnp.where(ends > starts, -(-(ends - aligned) // block_m), 0)
+  if multiple > 1:
+    num_experts = group_sizes.shape[0]
+    # The last group with rows; of the groups after it none has a tile.
+    is_last = (tiles > 0) & (ends == ends[num_experts - 1])
+    more = -jnp.sum(tiles[:num_experts]) % jnp.int32(multiple)
+    tiles += jnp.where(is_last, more, 0)
   tile_ends = lax.optimization_barrier(
     sum_where(groups[None, :] <= groups[:, None], tiles)
   )
-  first_tiles = tile_ends - tiles
-  if multiple > 1:
-    # The last group that has windows has more; the rows of none come later.
-    last = tile_ends[group_sizes.shape[0] - 1]
-    more = -last % jnp.int32(multiple)
-    tile_ends += jnp.where(tile_ends >= last, more, 0)
-    first_tiles += jnp.where(first_tiles >= last, more, 0)
-  return _Groups(starts, ends, aligned, first_tiles, tile_ends)
+  return _Groups(starts, ends, aligned, tile_ends - tiles, tile_ends)
 
 
 def _windows(groups: _Groups, length: int, block_m: int) -> WindowSchedule:

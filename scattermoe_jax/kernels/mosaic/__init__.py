@@ -236,7 +236,6 @@ def down_projection_grad(
 @functools.partial(jax.jit, static_argnames=("plan", "activation"))
 def _differentiate(dy, w, h, gates, routing, *, plan, activation):
   from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
-  from scattermoe_jax.kernels.mosaic.matmul_tiles import ALIGN
 
   @jax.custom_batching.sequential_vmap
   def run(dy, w, h, gates, routing):
@@ -245,11 +244,7 @@ def _differentiate(dy, w, h, gates, routing, *, plan, activation):
       _pad(dy, 1), _pad(w, 2), routing, epilogue, plan
     )
     places = places_in_windows(
-      routing.expert_ids,
-      routing.group_sizes,
-      plan.config.block_m,
-      align=ALIGN,
-      multiple=plan.cluster,
+      routing.expert_ids, routing.group_sizes, *plan.windows
     )
     # One partial sum for each tile of columns, added in one order.
     sums = jnp.sum(sums, axis=1).reshape(-1)

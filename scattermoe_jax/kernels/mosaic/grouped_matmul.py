@@ -31,6 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from scattermoe_jax._compat import vary_over, varying_axes
+from scattermoe_jax.kernels.mosaic import clusters
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic.gather import RowCopies
 from scattermoe_jax.kernels.mosaic.matmul_tiles import (
@@ -82,13 +83,7 @@ def multiply(
   """
   config, stages = plan.config, plan.config.num_stages
   schedule = list(
-    window_schedule(
-      routing.group_sizes,
-      plan.num_rows,
-      config.block_m,
-      align=ALIGN,
-      multiple=plan.cluster,
-    )
+    window_schedule(routing.group_sizes, plan.num_rows, *plan.windows)
   )
   if slice_index is not None:
     schedule.append(slice_index[None])
@@ -379,13 +374,10 @@ def multiply(
         transforms=lt.OPERAND,
       ),
       plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-      lt.barrier_of_cluster(plan.cluster, CONSUMERS, stages),
+      clusters.barriers(plan.cluster, CONSUMERS, stages),
       *epilogue.scratch_types(plan),
     ],
-    grid=(config.num_sms // plan.cluster,),
-    grid_names=("cluster",),
-    cluster=(plan.cluster,),
-    cluster_names=("block",),
+    **clusters.grid(config.num_sms, plan.cluster),
     num_threads=CONSUMERS + 1,
     thread_name="warpgroup",
     kernel_name=epilogue.name,

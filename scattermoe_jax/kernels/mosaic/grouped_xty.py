@@ -34,8 +34,8 @@ from scattermoe_jax._compat import current_device, vary_over, varying_axes
 from scattermoe_jax.kernels import tuning
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Problem
+from scattermoe_jax.kernels.mosaic import clusters, tickets, warpgroup_ops
 from scattermoe_jax.kernels.mosaic import layouts as lt
-from scattermoe_jax.kernels.mosaic import tickets, warpgroup_ops
 from scattermoe_jax.kernels.mosaic.partial_sums import PartialSums, workspace
 from scattermoe_jax.kernels.mosaic.xty_tiles import (
   LEFT_EACH,
@@ -127,13 +127,10 @@ def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
         num_arrivals=1 + plan.left.by_tma + plan.right.by_tma,
         num_barriers=stages,
       ),
-      empty=lt.barrier_of_cluster(plan.cluster, MULTIPLIERS, stages),
+      empty=clusters.barriers(plan.cluster, MULTIPLIERS, stages),
       **tickets.scratch_types(plan.cluster, readers=MULTIPLIERS),
     ),
-    grid=(plan.config.num_sms // plan.cluster,),
-    grid_names=("cluster",),
-    cluster=(plan.cluster,),
-    cluster_names=("block",),
+    **clusters.grid(plan.config.num_sms, plan.cluster),
     num_threads=MULTIPLIERS + 1,
     thread_name="warpgroup",
     kernel_name="group_xty",

@@ -37,23 +37,6 @@ BY_ROW = (plgpu.TilingTransform((1, COLUMNS)), plgpu.SwizzleTransform(128))
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
-def barrier_of_cluster(cluster: int, num_arrivals: int, num_barriers: int):
-  """Returns barriers at which each block of a cluster arrives so often.
-
-  To arrive at one is to arrive at that of every block. In a cluster of one, all
-  threads of a warpgroup arrive; in one of more a single thread does for them,
-  and waits for no other: right after `wgmma_wait`, which is the warpgroup's,
-  else after `commit_smem`.
-  """
-  if cluster == 1:
-    return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=num_barriers)
-  return plgpu.ClusterBarrier(
-    collective_axes=("block",),
-    num_arrivals=num_arrivals,
-    num_barriers=num_barriers,
-  )
-
-
 def per_thread(count: int):
   """Returns the layout of an array that gives each thread `count` values."""
   return plgpu.Layout.WG_STRIDED((WARPGROUP * count,), vec_size=1)
@@ -153,9 +136,9 @@ def fence_async_shared() -> None:
   )
 
 
-def is_first_thread() -> ir.Value:
-  """Returns whether this thread is the first of its warpgroup."""
-  return arith.cmpi(arith.CmpIPredicate.eq, thread_index(), const(0))
+def is_thread(index: int) -> ir.Value:
+  """Returns whether this thread has that index in its warpgroup."""
+  return arith.cmpi(arith.CmpIPredicate.eq, thread_index(), const(index))
 
 
 def run_ptx(text: str, constraints: str, operands: Sequence[ir.Value]) -> None:

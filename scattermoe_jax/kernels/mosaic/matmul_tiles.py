@@ -18,8 +18,8 @@ CONSUMERS = 2
 # tensor core or the epilogue. All products do, so that they share one schedule.
 ALIGN = 8
 # Of an expert's columns that are multiplied, from which on blocks load them in
-# pairs: of 26 products
-# of seven layers those above gained by it, those below lost or were the same.
+# pairs: of 24 products of six layers those above gained by it, those below lost
+# or were the same.
 _LARGE_BYTES = 4 * 2**20
 
 
@@ -82,13 +82,12 @@ class Plan:
   @property
   def num_windows(self) -> int:
     """The most tiles of rows."""
-    return max_windows(
-      self.num_rows,
-      self.num_experts,
-      self.config.block_m,
-      align=ALIGN,
-      multiple=self.cluster,
-    )
+    return max_windows(self.num_rows, self.num_experts, *self.windows)
+
+  @property
+  def windows(self) -> tuple[int, int, int]:
+    """How tiles of rows are cut: block_m, align, multiple of `schedule`."""
+    return self.config.block_m, ALIGN, self.cluster
 
   @property
   def cluster(self) -> int:

@@ -95,7 +95,7 @@ class Pace:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), lt.SCALAR))
     def add(_, reports, count):
-      first, place = lt.is_first_thread(), lt.global_pointer(reports)
+      first, place = lt.is_thread(0), lt.global_pointer(reports)
       operands = [first, place, lt.scalar(count)]
       lt.run_ptx(_REPORT, "b,l,r", operands)
       return ()

@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from scattermoe_jax.kernels.mosaic import layouts as lt
+from scattermoe_jax.kernels.mosaic import clusters
 
 RING = 8
 # Tiles between drawing a number and needing it: the counter is far away.
@@ -47,8 +47,8 @@ def scratch_types(cluster: int, readers: int) -> dict:
   """
   return dict(
     ring=plgpu.SMEM((RING,), jnp.int32),
-    drawn=lt.barrier_of_cluster(cluster, 1, RING),
-    taken=lt.barrier_of_cluster(cluster, readers, RING),
+    drawn=clusters.barriers(cluster, 1, RING),
+    taken=clusters.barriers(cluster, readers, RING),
   )
 
 

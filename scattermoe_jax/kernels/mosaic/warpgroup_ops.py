@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, nvvm
 
+from scattermoe_jax.kernels.mosaic import clusters
 from scattermoe_jax.kernels.mosaic import layouts as lt
 
 ROWS = 64
@@ -203,7 +204,7 @@ def increment(counter, ring, place, turn) -> None:
     here = lt.at_byte(lt.shared_pointer(ring), offset)
     # The thread that will arrive at a block's barrier writes its number.
     writes = [
-      _is_thread_of_first_block(block * _THREADS_TO_ARRIVE, blocks)
+      _is_thread_of_first_block(block * clusters.THREADS_TO_ARRIVE, blocks)
       for block in range(blocks)
     ]
     operands = [lt.global_pointer(counter), here, *writes]
@@ -213,19 +214,13 @@ def increment(counter, ring, place, turn) -> None:
   add(counter, ring, place)
 
 
-# Of a warpgroup's threads the first of so many arrives at a cluster's barrier
-# in its first block, the first of the next at that in its second block: JAX's
-# `CollectiveBarrierRef.arrive` (jax.experimental.mosaic.gpu.utils).
-_THREADS_TO_ARRIVE = 8
-
-
 def _is_thread_of_first_block(thread: int, blocks: int) -> ir.Value:
-  equals = lambda a, b: arith.cmpi(arith.CmpIPredicate.eq, a, lt.const(b))
-  is_thread = equals(lt.thread_index(), thread)
+  is_thread = lt.is_thread(thread)
   if blocks == 1:
     return is_thread
-  block = mgpu_utils.cluster_idx(gpu.Dimension.x)
-  return arith.andi(is_thread, equals(arith.index_cast(lt.i32(), block), 0))
+  block = arith.index_cast(lt.i32(), mgpu_utils.cluster_idx(gpu.Dimension.x))
+  is_first = arith.cmpi(arith.CmpIPredicate.eq, block, lt.const(0))
+  return arith.andi(is_thread, is_first)
 
 
 def _draw(blocks: int) -> str:

@@ -244,9 +244,10 @@ def _cuts(plan: Plan, sizes, num_rows: int):
     sizes > int(_HOT * mean), pl.cdiv(sizes, fair), (sizes + fair // 8) // fair
   )
   count = jnp.maximum(jnp.minimum(shares, sizes // _LEAST_ROWS), 1)
-  length = pl.cdiv(pl.cdiv(sizes, count), ROWS) * ROWS
+  rows = jnp.maximum(sizes, 1)
+  length = pl.cdiv(pl.cdiv(rows, count), ROWS) * ROWS
   # Of whole steps fewer parts may do.
-  return length, jnp.maximum(pl.cdiv(sizes, jnp.maximum(length, 1)), 1)
+  return length, pl.cdiv(rows, length)
 
 
 class Part(NamedTuple):
