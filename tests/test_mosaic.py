@@ -353,7 +353,7 @@ def test_blocks_that_keep_pace_are_right_on_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("not_here", [0.0, 0.3])
 def test_clusters_change_no_bit_on_gpu(monkeypatch, not_here):
-  from scattermoe_jax.kernels.mosaic import matmul_tiles
+  from scattermoe_jax.kernels.mosaic import clusters, matmul_tiles
 
   T, d, n, E, k = 3000, 512, 256, 8, 2
   rng = np.random.default_rng(0)
@@ -373,16 +373,22 @@ def test_clusters_change_no_bit_on_gpu(monkeypatch, not_here):
     "down_projection_grad": ((x, w_out, h, gates, routing), fused),
   }
   here = np.asarray(routing.expert_ids) < E
+  launched = []
+
+  def grid(num_blocks, cluster):
+    launched.append(cluster)
+    return tree_grid(num_blocks, cluster)
+
+  tree_grid = clusters.grid
+  monkeypatch.setattr(clusters, "grid", grid)
   for name, (args, options) in calls.items():
-    results, clusters = [], []
+    results = []
     for least in (0, 2**40):
       monkeypatch.setattr(matmul_tiles, "_LARGE_BYTES", least)
       jax.clear_caches()
-      call = functools.partial(getattr(mosaic, name), **options)
-      text = jax.jit(call).lower(*args).as_text()
-      clusters.append("multicast" in text)
-      results.append(call(*args))
-    assert clusters == [True, False]
+      results.append(getattr(mosaic, name)(*args, **options))
+    assert launched == [2, 1], name
+    launched.clear()
     for together, alone in zip(*map(jax.tree.leaves, results), strict=True):
       together, alone = (np.asarray(a)[here] for a in (together, alone))
       np.testing.assert_array_equal(together, alone, err_msg=name)
