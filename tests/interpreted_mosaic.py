@@ -35,37 +35,36 @@ class SingleRows(NamedTuple):
   # Copies that arrive at a stage's barrier: the rows of SMALL.
   arrivals = SMALL.block_m
 
-  def places_type(self, block_rows):
+  def ids_type(self, block_rows):
     return jax.ShapeDtypeStruct((block_rows,), jnp.int32)
 
-  def locate(self, ids, first, num_rows, block_rows):
+  def look_up(self, ids, first, num_rows, block_rows):
     last = jnp.minimum(first + jnp.maximum(num_rows - 1, 0), ids.shape[0] - 1)
 
-    def locate_row(row, places):
-      id_there = ids[jnp.minimum(first + row, last)]
-      return places.at[row].set(id_there // self.fan_out)
+    def look_up_row(row, found):
+      return found.at[row].set(ids[jnp.minimum(first + row, last)])
 
-    places = jnp.zeros((block_rows,), jnp.int32)
-    return lax.fori_loop(0, block_rows, locate_row, places)
+    found = jnp.zeros((block_rows,), jnp.int32)
+    return lax.fori_loop(0, block_rows, look_up_row, found)
 
-  def load(self, x, x_smem, places, column, barrier):
+  def load(self, x, x_smem, my_ids, column, barrier):
     def load_row(row, _):
       plgpu.copy_gmem_to_smem(
-        x.at[pl.ds(places[row], 1), pl.ds(column, 64)],
+        x.at[pl.ds(my_ids[row] // self.fan_out, 1), pl.ds(column, 64)],
         x_smem.at[pl.ds(row, 1)],
         barrier,
       )
 
-    lax.fori_loop(0, places.shape[0], load_row, None)
+    lax.fori_loop(0, my_ids.shape[0], load_row, None)
 
   def arrive(self, barrier, in_flight):
     pass
 
-  def store(self, y_smem, y, places, column, begin, end):
+  def store(self, y_smem, y, my_ids, column, begin, end):
     def store_row(row, _):
       plgpu.copy_smem_to_gmem(
         y_smem.at[pl.ds(row, 1)],
-        y.at[pl.ds(places[row], 1), pl.ds(column, 64)],
+        y.at[pl.ds(my_ids[row] // self.fan_out, 1), pl.ds(column, 64)],
       )
 
     lax.fori_loop(begin, end, store_row, None)

@@ -5,8 +5,6 @@ behind the seam of `interpreted_mosaic`. On a GPU the kernels themselves run in
 `test_backends.py`, with every other backend.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np

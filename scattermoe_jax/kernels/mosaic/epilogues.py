@@ -114,7 +114,7 @@ class StoreRows(Epilogue):
     y = jax.ShapeDtypeStruct((plan.part_m, plan.part_n), plan.dtype)
     if self.scattered_ids is None:
       return [y]
-    return [y, rows.places_type(plan.part_m)]
+    return [y, rows.ids_type(plan.part_m)]
 
   def hold(self, plan, accs, tile, extra, rows):
     bias = extra[0] if self.bias is not None else None
@@ -122,21 +122,20 @@ class StoreRows(Epilogue):
     y = _add_bias(accs[0], bias, plan, tile, column)
     held = [y.astype(plan.dtype)]
     if self.scattered_ids is not None:
-      out_rows = rows._replace(width=plan.d_out, fan_out=1)
-      held.append(out_rows.locate(extra[-1], tile.row, tile.end, plan.part_m))
+      held.append(rows.look_up(extra[-1], tile.row, tile.end, plan.part_m))
     return held
 
   def pieces(self, plan, held, tile, extra, outs, scratch, rows):
-    y, *places = held
+    y, *ids = held
     ring = _Ring(plan, tile, *scratch)
 
     def send(columns, column):
-      if not places:
+      if not ids:
         ring.send(y[:, columns], outs[0], column)
       else:
         stage = ring.put(y[:, columns])
-        out_rows = rows._replace(width=plan.d_out)
-        out_rows.store(stage, outs[0], places[0], column, tile.begin, tile.end)
+        out_rows = rows._replace(width=plan.d_out, fan_out=1)
+        out_rows.store(stage, outs[0], ids[0], column, tile.begin, tile.end)
 
     return [
       functools.partial(

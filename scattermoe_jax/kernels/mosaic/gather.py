@@ -9,7 +9,7 @@ swizzle wants them, and needs no registers on the way:
   shared memory     row r + 16 i        chunk c ^ (r % 8)
 
 Eight threads read one 128-byte line, and the row is the only thing that is
-looked up: once per tile, not once per step.
+looked up: once per tile, not once per step, and a tile ahead.
 """
 
 from typing import NamedTuple
@@ -44,13 +44,15 @@ class RowCopies(NamedTuple):
     """Arrivals on a stage's barrier that stand for its gathered rows."""
     return 1
 
-  def places_type(self, block_rows: int) -> jax.ShapeDtypeStruct:
-    """Returns the type of what `locate` returns for so many rows."""
+  def ids_type(self, block_rows: int) -> jax.ShapeDtypeStruct:
+    """Returns the type of what `look_up` returns for so many rows."""
     count = block_rows // _ROWS_AT_ONCE
     return jax.ShapeDtypeStruct((count * lt.WARPGROUP,), jnp.int32)
 
-  def locate(self, ids, first, num_rows, block_rows: int) -> jax.Array:
-    """Returns where this thread's chunks of `block_rows` rows begin.
+  def look_up(self, ids, first, num_rows, block_rows: int) -> jax.Array:
+    """Returns the ids of those of `block_rows` rows that this thread copies.
+
+    Nothing is computed from them here: the thread would wait for memory.
 
     Args:
       ids: the row at each position, times `fan_out`, or up to `fan_out` - 1
@@ -58,7 +60,7 @@ class RowCopies(NamedTuple):
       first: position of the tile's first row.
       num_rows: rows of the tile that exist; later ones repeat the last, and
         what a tile of none repeats is not stored.
-      block_rows: rows to locate.
+      block_rows: rows to look up.
     """
     count = block_rows // _ROWS_AT_ONCE
     last_id = ids.shape[0] - 1
@@ -67,29 +69,27 @@ class RowCopies(NamedTuple):
       arg_types=(plgpu.RefType(), lt.SCALAR, lt.SCALAR),
       return_type=lt.per_thread_type(count),
     )
-    def locate(_, ids, first, num_rows):
+    def look_up(_, ids, first, num_rows):
       first, num_rows = lt.scalar(first), lt.scalar(num_rows)
-      row, chunk = _row_and_chunk()
+      row, _ = _row_and_chunk()
       last = arith.maxsi(arith.subi(num_rows, lt.const(1)), lt.const(0))
-      chunks = []
+      found = []
       for i in range(count):
         row_i = arith.addi(row, lt.const(i * _ROWS_AT_ONCE))
         position = arith.addi(first, arith.minsi(row_i, last))
         position = arith.minsi(position, lt.const(last_id))
-        row_id = lt.load_id(ids, position)
-        start = lt.row_chunk(row_id, self.fan_out, self.width)
-        chunks.append(arith.addi(start, chunk))
-      return lt.pack(chunks, count)
+        found.append(lt.load_id(ids, position))
+      return lt.pack(found, count)
 
-    return locate(ids, lt.int32(first), lt.int32(num_rows))
+    return look_up(ids, lt.int32(first), lt.int32(num_rows))
 
-  def load(self, x, x_smem, places, column, barrier) -> None:
-    """Starts the copy of 64 columns of the rows at `places` into a stage.
+  def load(self, x, x_smem, my_ids, column, barrier) -> None:
+    """Starts the copy of 64 columns of the rows of `my_ids` into a stage.
 
     Counted by `arrive`, not by `barrier`.
     """
     del barrier
-    count = places.shape[0] // lt.WARPGROUP
+    count = my_ids.shape[0] // lt.WARPGROUP
 
     @plgpu.inline_mgpu(
       arg_types=(
@@ -99,32 +99,30 @@ class RowCopies(NamedTuple):
         lt.SCALAR,
       )
     )
-    def load(_, x, x_smem, places, column):
-      source = lt.global_pointer(x)
+    def load(_, x, x_smem, my_ids, column):
       target = lt.at_byte(
         lt.shared_pointer(x_smem), lt.swizzled(*_row_and_chunk())
       )
-      first = arith.divui(lt.scalar(column), lt.const(lt.CHUNK))
-      for i, place in enumerate(lt.unpack(places)):
+      for i, source in enumerate(self._addresses(x, my_ids, column)):
         nvvm.cp_async_shared_global(
           lt.at_byte(target, i * _ROWS_AT_ONCE * 128),
-          lt.at_chunk(source, arith.addi(place, first)),
+          source,
           16,
           nvvm.LoadCacheModifierKind.CG,
         )
       nvvm.cp_async_commit_group()
       return ()
 
-    load(x, x_smem, places, lt.int32(column))
+    load(x, x_smem, my_ids, lt.int32(column))
 
   def arrive(self, barrier, in_flight: int) -> None:
     """Reports the stage before the last `in_flight` ones to its barrier."""
     lt.wait_async_copies(in_flight)
     plgpu.barrier_arrive(barrier)
 
-  def store(self, y_smem, y, places, column, begin, end) -> None:
-    """Stores rows [begin, end) of 64 columns to the rows at `places`."""
-    count = places.shape[0] // lt.WARPGROUP
+  def store(self, y_smem, y, my_ids, column, begin, end) -> None:
+    """Stores rows [begin, end) of 64 columns to the rows of `my_ids`."""
+    count = my_ids.shape[0] // lt.WARPGROUP
 
     @plgpu.inline_mgpu(
       arg_types=(
@@ -136,14 +134,12 @@ class RowCopies(NamedTuple):
         lt.SCALAR,
       )
     )
-    def store(_, y_smem, y, places, column, begin, end):
+    def store(_, y_smem, y, my_ids, column, begin, end):
       row, chunk = _row_and_chunk()
       source = lt.at_byte(lt.shared_pointer(y_smem), lt.swizzled(row, chunk))
-      target = lt.global_pointer(y)
-      first = arith.divui(lt.scalar(column), lt.const(lt.CHUNK))
       begin, end = lt.scalar(begin), lt.scalar(end)
       quad = ir.VectorType.get((4,), lt.i32())
-      for i, place in enumerate(lt.unpack(places)):
+      for i, target in enumerate(self._addresses(y, my_ids, column)):
         row_i = arith.addi(row, lt.const(i * _ROWS_AT_ONCE))
         live = arith.andi(
           arith.cmpi(arith.CmpIPredicate.sge, row_i, begin),
@@ -152,11 +148,24 @@ class RowCopies(NamedTuple):
         words = llvm.load(
           quad, lt.at_byte(source, i * _ROWS_AT_ONCE * 128), alignment=16
         )
-        _store_quad(live, lt.at_chunk(target, arith.addi(place, first)), words)
+        _store_quad(live, target, words)
       return ()
 
     column, begin, end = map(lt.int32, (column, begin, end))
-    store(y_smem, y, places, column, begin, end)
+    store(y_smem, y, my_ids, column, begin, end)
+
+  def _addresses(self, array, my_ids, column) -> list[ir.Value]:
+    """Returns where this thread's chunks of 64 columns are."""
+    _, chunk = _row_and_chunk()
+    first = arith.divui(lt.scalar(column), lt.const(lt.CHUNK))
+    # Added last is what differs by thread, in 32 bits and the same all along
+    # the row: in 64 bits each pointer would be moved on by itself.
+    pointer = lt.at_chunk(lt.global_pointer(array), first)
+    rows = [
+      lt.row_chunk(row_id, self.fan_out, self.width)
+      for row_id in lt.unpack(my_ids)
+    ]
+    return [lt.at_chunk(pointer, arith.addi(row, chunk)) for row in rows]
 
 
 def _row_and_chunk() -> tuple[ir.Value, ir.Value]:

@@ -37,6 +37,7 @@ from scattermoe_jax.kernels.mosaic.gather import RowCopies
 from scattermoe_jax.kernels.mosaic.matmul_tiles import (
   ALIGN,
   CONSUMERS,
+  Entry,
   Plan,
   Tile,
   place_of_turn,
@@ -57,9 +58,10 @@ class _Registers(NamedTuple):
   consumer: int
 
 
-# Where gathered rows are looked up takes more than TMA, which one thread asks.
-_GATHERED_REGISTERS = _Registers(72, 216)
-_GROUPED_REGISTERS = _Registers(40, 232)
+# A finished tile held beside the next sum takes all there are. The producer of
+# a fused product has some to spare for the addresses of gathered rows.
+_REGISTERS = _Registers(40, 232)
+_FUSED_GATHERED_REGISTERS = _Registers(56, 224)
 
 
 def multiply(
@@ -89,7 +91,9 @@ def multiply(
     schedule.append(slice_index[None])
   steps_k = plan.d_in // config.block_k
   rows = RowCopies(plan.d_in, plan.num_rows // x.shape[0])
-  registers = _GROUPED_REGISTERS if plan.grouped_in else _GATHERED_REGISTERS
+  registers = _REGISTERS
+  if not (plan.grouped_in or epilogue.holds):
+    registers = _FUSED_GATHERED_REGISTERS
   arrivals = plan.halves + (1 if plan.grouped_in else rows.arrivals)
 
   def body(x, w, ids, *refs):
@@ -111,15 +115,12 @@ def multiply(
       row, column = place_of_turn(plan, turn, num_turns_m)
       return row * plan.cluster, column
 
-    def entry(t):
-      """Loads the t-th tile's row of the schedule; used a tile later.
-
-      Last, whether all blocks of the cluster multiply by the same matrix.
-      """
+    def entry(t) -> Entry:
+      """Loads the t-th tile's row of the schedule; used a tile later."""
       index_m = jnp.clip(index_of(t)[0], 0, plan.num_windows - plan.cluster)
-      experts = tiles[0]
-      is_shared = experts[index_m] == experts[index_m + plan.cluster - 1]
-      return *(ref[index_m + block] for ref in tiles[:4]), is_shared
+      row = (ref[index_m + block] for ref in tiles[:4])
+      top, bottom = tiles[0][index_m], tiles[0][index_m + plan.cluster - 1]
+      return Entry(*row, (top, bottom))
 
     def num_steps(expert):
       return jnp.where(expert < plan.num_experts, steps_k, 0)
@@ -130,34 +131,31 @@ def multiply(
       shift = None if slice_index is None else tiles[5][0] * plan.d_out
       pace = Pace.of(config.num_sms, steps_k)
 
-      def locate(loaded):
-        _, first, _, end, _ = loaded
+      def look_up(tile: Entry):
         if plan.grouped_in:
           return ()
-        return rows.locate(ids, first, end, config.block_m)
+        return rows.look_up(ids, tile.first, tile.end, config.block_m)
 
       def load_tile(t, carry):
-        step, previous, now, places, soon = carry
-        # One tile ahead: its rows' places, and the entry after that.
-        next_places, later = locate(soon), entry(t + 2)
-        expert, first, _, _, is_shared = now
+        step, previous, now, my_ids, soon = carry
+        # One tile ahead: the ids of its rows, and the entry after that.
+        next_ids, later = look_up(soon), entry(t + 2)
+        expert, is_shared = now.expert, now.is_shared
         index_n = index_of(t)[1]
-        first = pl.multiple_of(first, ALIGN)
+        first = pl.multiple_of(now.first, ALIGN)
         all_have_one = (t + 1) * num_clusters <= num_turns
         if pace is not None:
           pl.when(all_have_one & (num_steps(expert) == 0))(pace.skip)
 
         def load_step(k, carry):
           step, previous = carry
-          slot = lax.rem(step, stages)
+          slot = lt.rem(step, stages)
           column = k * config.block_k
           if pace is not None:
             pl.when(all_have_one)(lambda: pace.keep(t, k))
 
           # Wait until the consumers have multiplied what the stage held.
-          @pl.when(step >= stages)
-          def _():
-            plgpu.barrier_wait(empty.at[slot])
+          plgpu.barrier_wait(empty.at[slot])
 
           def load_w(together=None):
             for half in range(plan.halves):
@@ -182,7 +180,7 @@ def multiply(
               full.at[slot],
             )
           else:
-            rows.load(x, x_smem.at[slot], places, column, full.at[slot])
+            rows.load(x, x_smem.at[slot], my_ids, column, full.at[slot])
 
             @pl.when(previous >= 0)
             def _():
@@ -196,7 +194,7 @@ def multiply(
         if epilogue.num_loads(plan):
           step = load_for_epilogue(step, previous, first, index_n)
           previous = jnp.int32(-1)
-        return step, previous, soon, next_places, later
+        return step, previous, soon, next_ids, later
 
       def arrive_last(previous):
         if not plan.grouped_in:
@@ -210,12 +208,8 @@ def multiply(
         arrive_last(previous)
 
         def load_chunk(j, step):
-          slot = lax.rem(step, stages)
-
-          @pl.when(step >= stages)
-          def _():
-            plgpu.barrier_wait(empty.at[slot])
-
+          slot = lt.rem(step, stages)
+          plgpu.barrier_wait(empty.at[slot])
           copies = epilogue.load(
             plan,
             j,
@@ -232,32 +226,30 @@ def multiply(
         return lax.fori_loop(0, epilogue.num_loads(plan), load_chunk, step)
 
       now = entry(0)
-      start = (jnp.int32(0), jnp.int32(-1), now, locate(now), entry(1))
-      steps, previous, *_ = lax.fori_loop(0, mine, load_tile, start)
+      start = (jnp.int32(0), jnp.int32(-1), now, look_up(now), entry(1))
+      _, previous, *_ = lax.fori_loop(0, mine, load_tile, start)
       arrive_last(previous)
 
-      # Wait for the release of every stage that was used: a barrier may not
-      # go while someone is about to arrive at it.
-      for s in range(stages):
-
-        @pl.when(steps > s)
-        def _(s=s):
-          oldest = jnp.maximum(steps - stages, 0)
-          plgpu.barrier_wait(empty.at[lax.rem(oldest + s, stages)])
+      # Wait for the last release of every stage: a barrier may not go while
+      # someone is about to arrive at it.
+      for slot in range(stages):
+        plgpu.barrier_wait(empty.at[slot])
 
     @pl.when(warpgroup != _PRODUCER)
     def consume():
       plgpu.set_max_registers(registers.consumer, action="increase")
+      # At first all stages are empty.
+      for slot in range(stages):
+        plgpu.barrier_arrive(empty.at[slot])
       part = warpgroup * plan.part_m
 
-      def tile_of(t, entry):
-        expert, first, begin, end, _ = entry
+      def tile_of(t, entry: Entry):
         index_m, index_n = index_of(t)
         return Tile(
-          expert=expert,
-          row=first + part,
-          begin=jnp.clip(begin - part, 0, plan.part_m),
-          end=jnp.clip(end - part, 0, plan.part_m),
+          expert=entry.expert,
+          row=entry.first + part,
+          begin=jnp.clip(entry.begin - part, 0, plan.part_m),
+          end=jnp.clip(entry.end - part, 0, plan.part_m),
           index_m=index_m + block,
           index_n=index_n,
           part=part,
@@ -275,8 +267,9 @@ def multiply(
             call()
 
         def accumulate(*accs):
-          def multiply_step(k, step):
-            slot = lax.rem(step, stages)
+          def multiply_step(k, carry):
+            step, before = carry
+            slot = lt.rem(step, stages)
             plgpu.barrier_wait(full.at[slot])
             x_part = x_smem.at[slot, pl.ds(part, plan.part_m)]
             for half, acc in enumerate(accs):
@@ -286,16 +279,16 @@ def multiply(
               plgpu.wgmma(acc, x_part, w_half)
             # The step before this one is done: its stage can be refilled.
             plgpu.wgmma_wait(plan.halves)
-            before = lax.rem(step + stages - 1, stages)
             plgpu.barrier_arrive(empty.at[before], predicate=k > 0)
             for j, call in enumerate(pieces):
               pl.when(k == j // in_turn)(call)
-            return step + 1
+            return step + 1, slot
 
-          last = lax.fori_loop(0, steps_here, multiply_step, step)
+          _, last = lax.fori_loop(
+            0, steps_here, multiply_step, (step, jnp.int32(0))
+          )
           plgpu.wgmma_wait(0)
-          before = lax.rem(last + stages - 1, stages)
-          plgpu.barrier_arrive(empty.at[before], predicate=steps_here > 0)
+          plgpu.barrier_arrive(empty.at[last], predicate=steps_here > 0)
           return [acc[...] for acc in accs]
 
         acc_type = plgpu.ACC((plan.part_m, plan.part_n), jnp.float32)
@@ -308,21 +301,21 @@ def multiply(
         """Stores the tile before between the products of this one."""
         step, now, held, before = carry
         soon = entry(t + 1)
-        accs = products(now[0], step, store_pieces(held, before))
+        accs = products(now.expert, step, store_pieces(held, before))
         tile = tile_of(t, now)
         held = epilogue.hold(plan, accs, tile, extra, rows)
-        return step + num_steps(now[0]), soon, held, tile
+        return step + num_steps(now.expert), soon, held, tile
 
       def multiply_and_store(t, carry):
         step, now = carry
         soon = entry(t + 1)
-        accs = products(now[0], step)
-        step += num_steps(now[0])
+        accs = products(now.expert, step)
+        step += num_steps(now.expert)
 
         @contextlib.contextmanager
         def loaded(j):
           """Lends this consumer's rows of what `load` put into a stage."""
-          slot = lax.rem(step + j, stages)
+          slot = lt.rem(step + j, stages)
           plgpu.barrier_wait(full.at[slot])
           part_rows = pl.ds(part, plan.part_m)
           yield x_smem.at[slot, part_rows], w_smem.at[slot, 0, part_rows]

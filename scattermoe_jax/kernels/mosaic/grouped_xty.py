@@ -195,13 +195,11 @@ def _load_tiles(plan, ops, queue, parts, left, right, ids, scratch):
 
     def load_step(k, carry):
       step, ids = carry
-      slot = lax.rem(step, stages)
+      slot = lt.rem(step, stages)
       next_ids = row_ids(t, k + 1)
 
-      @pl.when(step >= stages)
-      def _():
-        # All multipliers, of all blocks, are done with this slot.
-        plgpu.barrier_wait(empty.at[slot])
+      # All multipliers, of all blocks, are done with this slot.
+      plgpu.barrier_wait(empty.at[slot])
 
       loads = zip(sides, columns(plan, t), strict=True)
       # TMA first: one instruction, which runs while rows are copied.
@@ -212,7 +210,7 @@ def _load_tiles(plan, ops, queue, parts, left, right, ids, scratch):
       @pl.when(step >= lag)
       def _():
         ops.wait(lag)
-        plgpu.barrier_arrive(full.at[lax.rem(step - lag, stages)])
+        plgpu.barrier_arrive(full.at[lt.rem(step - lag, stages)])
 
       return step + 1, next_ids
 
@@ -233,7 +231,7 @@ def _load_tiles(plan, ops, queue, parts, left, right, ids, scratch):
     @pl.when(num_steps >= behind)
     def _(behind=behind):
       ops.wait(behind - 1)
-      plgpu.barrier_arrive(full.at[lax.rem(num_steps - behind, stages)])
+      plgpu.barrier_arrive(full.at[lt.rem(num_steps - behind, stages)])
 
   # The tiles without rows come last. A draw may wait until the multipliers have
   # read older tickets, and they do once every loaded step is announced.
@@ -247,12 +245,8 @@ def _load_tiles(plan, ops, queue, parts, left, right, ids, scratch):
   )
 
   # See every release before leaving: an arrival needs its barrier.
-  for s in range(stages):
-
-    @pl.when(num_steps > s)
-    def _(s=s):
-      slot = lax.rem(jnp.maximum(num_steps - stages, 0) + s, stages)
-      plgpu.barrier_wait(empty.at[slot])
+  for slot in range(stages):
+    plgpu.barrier_wait(empty.at[slot])
 
 
 def _load_step(ops, side_refs, t: Tile, k, col, ids, slot, full):
@@ -297,6 +291,8 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
   left_smem, right_smem = scratch["left_smem"], scratch["right_smem"]
   full, empty = scratch["full"], scratch["empty"]
   stages = plan.config.num_stages
+  for slot in range(stages):  # At first all are empty.
+    plgpu.barrier_arrive(empty.at[slot])
   my_cols = pl.ds(warpgroup * LEFT_EACH, LEFT_EACH)
   columns_of_chunks = range(0, plan.right.block, lt.COLUMNS)
 
@@ -317,8 +313,9 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
         store()
 
     def multiply(acc):
-      def multiply_step(k, step):
-        slot = lax.rem(step, stages)
+      def multiply_step(k, carry):
+        step, before = carry
+        slot = lt.rem(step, stages)
         plgpu.barrier_wait(full.at[slot])
         plgpu.wgmma(
           acc,
@@ -327,19 +324,17 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
         )
         # One product in flight: the one before is done, its slot free.
         plgpu.wgmma_wait(1)
-        plgpu.barrier_arrive(
-          empty.at[lax.rem(step + (stages - 1), stages)], predicate=k > 0
-        )
+        plgpu.barrier_arrive(empty.at[before], predicate=k > 0)
+        turn = jnp.where(in_turn, k, len(pieces))
         for j, store in enumerate(pieces):
-          pl.when(in_turn & (k == j))(store)
-        return step + 1
+          pl.when(turn == j)(store)
+        return step + 1, slot
 
-      last = lax.fori_loop(0, t.num_steps, multiply_step, step)
-      plgpu.wgmma_wait(0)
-      plgpu.barrier_arrive(
-        empty.at[lax.rem(last + (stages - 1), stages)],
-        predicate=t.num_steps > 0,
+      _, last = lax.fori_loop(
+        0, t.num_steps, multiply_step, (step, jnp.int32(0))
       )
+      plgpu.wgmma_wait(0)
+      plgpu.barrier_arrive(empty.at[last], predicate=t.num_steps > 0)
       return acc[...]
 
     shape = (LEFT_EACH, plan.right.block)

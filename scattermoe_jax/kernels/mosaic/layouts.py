@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -179,6 +180,14 @@ def wait_async_copies(in_flight: int) -> None:
     return ()
 
   wait()
+
+
+def rem(a, b: int):
+  """Returns a % b for an a of 0 or more, an int32.
+
+  Of a power of two by a mask: that of a signed a takes four instructions.
+  """
+  return a & (b - 1) if b & (b - 1) == 0 else lax.rem(a, jnp.int32(b))
 
 
 def cdiv(a, b):

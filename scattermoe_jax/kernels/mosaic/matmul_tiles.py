@@ -47,6 +47,32 @@ class Tile(NamedTuple):
   consumer: Array
 
 
+class Entry(NamedTuple):
+  """A tile's row of the schedule, as a kernel loads it.
+
+  Nothing is computed from it before the tile's turn: the thread would wait for
+  memory.
+
+  Attributes:
+    expert: its expert; E for rows of no group.
+    first: its first row.
+    begin: rows of it that come before the expert's.
+    end: row after the expert's last, counted in the tile.
+    experts: those of the first and of the last tile of the cluster's.
+  """
+
+  expert: Array
+  first: Array
+  begin: Array
+  end: Array
+  experts: tuple[Array, Array]
+
+  @property
+  def is_shared(self):
+    """Whether all blocks of the cluster multiply by the same matrix."""
+    return self.experts[0] == self.experts[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Everything about a launch that is known when it is traced.

@@ -32,6 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from scattermoe_jax.kernels.mosaic import clusters
+from scattermoe_jax.kernels.mosaic import layouts as lt
 
 RING = 8
 # Tiles between drawing a number and needing it: the counter is far away.
@@ -68,7 +69,7 @@ class Queue(NamedTuple):
 
   def draw(self, counter, increment, i) -> None:
     """Draws the cluster's i-th ticket; for the loading warpgroups."""
-    place = lax.rem(i, RING)
+    place = lt.rem(i, RING)
 
     @pl.when(i >= RING)
     def _():
@@ -79,13 +80,13 @@ class Queue(NamedTuple):
 
   def read(self, i):
     """Returns the block's i-th number, waiting until it is drawn."""
-    place = lax.rem(i, RING)
+    place = lt.rem(i, RING)
     plgpu.barrier_wait(self.drawn.at[place])
     return self.ring[place] * self.cluster + lax.axis_index("block")
 
   def release(self, i) -> None:
     """Says that this warpgroup has read the i-th number."""
-    self._arrive(self.taken.at[lax.rem(i, RING)])
+    self._arrive(self.taken.at[lt.rem(i, RING)])
 
   def _arrive(self, barrier) -> None:
     if self.cluster > 1:
