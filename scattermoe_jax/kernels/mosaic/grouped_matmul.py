@@ -118,9 +118,9 @@ def multiply(
     def entry(t) -> Entry:
       """Loads the t-th tile's row of the schedule; used a tile later."""
       index_m = jnp.clip(index_of(t)[0], 0, plan.num_windows - plan.cluster)
-      row = (ref[index_m + block] for ref in tiles[:4])
+      expert, first, begin, end = (ref[index_m + block] for ref in tiles[:4])
       top, bottom = tiles[0][index_m], tiles[0][index_m + plan.cluster - 1]
-      return Entry(*row, (top, bottom))
+      return Entry(expert, first, begin, end, top, bottom)
 
     def num_steps(expert):
       return jnp.where(expert < plan.num_experts, steps_k, 0)

@@ -58,19 +58,21 @@ class Entry(NamedTuple):
     first: its first row.
     begin: rows of it that come before the expert's.
     end: row after the expert's last, counted in the tile.
-    experts: those of the first and of the last tile of the cluster's.
+    top_expert: that of the first tile of the cluster.
+    bottom_expert: that of its last.
   """
 
   expert: Array
   first: Array
   begin: Array
   end: Array
-  experts: tuple[Array, Array]
+  top_expert: Array
+  bottom_expert: Array
 
   @property
-  def is_shared(self):
+  def is_shared(self) -> Array:
     """Whether all blocks of the cluster multiply by the same matrix."""
-    return self.experts[0] == self.experts[1]
+    return self.top_expert == self.bottom_expert
 
 
 @dataclasses.dataclass(frozen=True)
