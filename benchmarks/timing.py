@@ -4,15 +4,16 @@ Device time: a sample is many calls dispatched without waiting, between two
 waits, divided by their number, so that Python's own time hides behind the
 device's. Variants take turns, sample by sample and in a shuffled order: clocks
 drift, and a card at its power limit drifts most, but for all of them alike. A
-sample is long enough to have its own clock, unless `max_calls` ends it: in
-samples of one call of 8 ms each variant ran at the clock that the one before
-had left, and a ratio of 1.27 between two that ran alone was read as 1.07
-(docs/kernels.md).
+sample is long enough to have its own clock: in samples of one call of 8 ms each
+variant ran at the clock that the one before had left, and a ratio of 1.27
+between two that ran alone was read as 1.07 (docs/kernels.md). Only so many
+calls are under way at a time, since each holds its result.
 
 Caches: calls follow one another, so an operand smaller than the L2 cache (50 MB
 on an H200) is found there. Where the caller would find it cold, pass `flush`.
 """
 
+import collections
 import datetime
 import functools
 import json
@@ -32,6 +33,7 @@ import jax.numpy as jnp
 SAMPLE_MS = 80.0
 RESULTS = pathlib.Path(__file__).parent / "results"
 _FLUSH_BYTES = 256 * 2**20
+_UNDER_WAY = 8  # calls that have not ended, at most
 
 
 class Timing(NamedTuple):
@@ -48,7 +50,7 @@ def time_interleaved(
   *,
   samples: int = 20,
   sample_ms: float = SAMPLE_MS,
-  max_calls: int = 50,
+  max_calls: int | None = None,
   flush: bool = False,
 ) -> dict[str, Timing]:
   """Returns the time of a call of each variant, all measured in one run.
@@ -57,7 +59,7 @@ def time_interleaved(
     variants: by name, functions of no arguments that dispatch and return.
     samples: how many samples of each.
     sample_ms: about how long a sample should take: enough calls for this.
-    max_calls: but at most so many, as each holds its result.
+    max_calls: but at most so many, if not None.
     flush: whether to write 256 MB before each call, so that it finds caches
       cold; the time of writing alone is measured alike and taken off.
   """
@@ -84,18 +86,22 @@ def time_interleaved(
 
 
 def _sample(call: Callable[[], Any], calls: int) -> float:
+  under_way: collections.deque[Any] = collections.deque()
   start = time.perf_counter()
   for _ in range(calls):
-    result = call()
-  jax.block_until_ready(result)
+    if len(under_way) == _UNDER_WAY:
+      jax.block_until_ready(under_way.popleft())
+    under_way.append(call())
+  jax.block_until_ready(under_way.pop())
   return (time.perf_counter() - start) / calls * 1e3
 
 
-def _calls_for(call, sample_ms: float, max_calls: int) -> int:
+def _calls_for(call, sample_ms: float, max_calls: int | None) -> int:
   jax.block_until_ready(call())  # Compiles.
   jax.block_until_ready(call())  # Fills caches, allocates.
   once = _sample(call, 1)
-  return max(1, min(max_calls, round(sample_ms / max(once, 1e-3))))
+  calls = max(1, round(sample_ms / max(once, 1e-3)))
+  return calls if max_calls is None else min(calls, max_calls)
 
 
 def summary(times: Sequence[float], idle: float = 0.0) -> Timing:

@@ -1,6 +1,7 @@
 """Every benchmark runs, on a CPU, on a problem too small to mean anything."""
 
 import functools
+import itertools
 import json
 
 import jax
@@ -30,6 +31,23 @@ def test_time_interleaved_times_every_variant():
   assert set(taken) == {"a", "b"}
   assert all(t.ms_p20 <= t.ms_median <= t.ms_p80 for t in taken.values())
   assert calls.count("a") == calls.count("b") == 3 + 3
+
+
+def test_time_interleaved_keeps_few_calls_under_way():
+  made, waited = itertools.count(1), [0]
+  under_way = []
+
+  class Result:
+    def __init__(self):
+      self.number = next(made)
+      under_way.append(self.number - waited[-1])
+
+    def block_until_ready(self):
+      waited.append(self.number)
+
+  timing.time_interleaved({"fast": Result}, samples=2, sample_ms=2.0)
+  assert max(under_way) == 8
+  assert waited[-1] == len(under_way) > 40
 
 
 def test_merge_records_replaces_by_key(tmp_path):

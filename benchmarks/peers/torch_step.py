@@ -9,13 +9,15 @@ class Results:
   """A torch step's results, which `jax.block_until_ready` knows to await."""
 
   def __init__(self, *tensors):
-    self.tensors = tensors
-
-  def block_until_ready(self):
-    """Waits for all that the device has been given."""
     import torch
 
-    torch.cuda.synchronize()
+    self.tensors = tensors
+    self._made = torch.cuda.Event()
+    self._made.record()
+
+  def block_until_ready(self):
+    """Waits for all that the device had been given until they were made."""
+    self._made.synchronize()
     return self
 
   def to_jax(self) -> list[jax.Array]:
