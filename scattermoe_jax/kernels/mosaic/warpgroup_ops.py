@@ -102,6 +102,7 @@ def copy(source, smem, ids, window: Window, *, column, width, fan_out):
     source_chunk = arith.addi(
       arith.divui(lt.scalar(column), lt.const(lt.CHUNK)), chunk
     )
+    first_row = lt.at_chunk(lt.global_pointer(source), source_chunk)
     warp_smem = lt.at_byte(
       lt.shared_pointer(smem),
       arith.muli(warp, lt.const(_WARP_ROWS // 8 * tiles * _TILE_BYTES)),
@@ -127,10 +128,7 @@ def copy(source, smem, ids, window: Window, *, column, width, fan_out):
         nvvm.ShflKind.idx,
       )
       exists = arith.cmpi(arith.CmpIPredicate.sge, start, lt.const(0))
-      row_source = lt.at_chunk(
-        lt.global_pointer(source),
-        arith.addi(arith.maxsi(start, lt.const(0)), source_chunk),
-      )
+      row_source = lt.at_chunk(first_row, start)
       for j in range(tiles):
         live = exists
         if width % block:
