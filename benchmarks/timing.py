@@ -7,7 +7,7 @@ drift, and a card at its power limit drifts most, but for all of them alike. A
 sample is long enough to have its own clock: in samples of one call of 8 ms each
 variant ran at the clock that the one before had left, and a ratio of 1.27
 between two that ran alone was read as 1.07 (docs/kernels.md). Only so many
-calls are under way at a time, since each holds its result.
+calls are under way at a time, and only the last one's results are kept whole.
 
 Caches: calls follow one another, so an operand smaller than the L2 cache (50 MB
 on an H200) is found there. Where the caller would find it cold, pass `flush`.
@@ -91,9 +91,18 @@ def _sample(call: Callable[[], Any], calls: int) -> float:
   for _ in range(calls):
     if len(under_way) == _UNDER_WAY:
       jax.block_until_ready(under_way.popleft())
-    under_way.append(call())
-  jax.block_until_ready(under_way.pop())
+    result = call()
+    under_way.append(_end_of(result))
+  jax.block_until_ready(result)
   return (time.perf_counter() - start) / calls * 1e3
+
+
+def _end_of(result) -> Any:
+  """Returns what becomes ready with a result and holds least of it."""
+  if hasattr(result, "end"):
+    return result.end
+  leaves = jax.tree.leaves(result)
+  return min(leaves, key=lambda leaf: getattr(leaf, "nbytes", 0), default=None)
 
 
 def _calls_for(call, sample_ms: float, max_calls: int | None) -> int:

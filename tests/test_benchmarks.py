@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,26 @@ def test_time_interleaved_keeps_few_calls_under_way():
   timing.time_interleaved({"fast": Result}, samples=2, sample_ms=2.0)
   assert max(under_way) == 8
   assert waited[-1] == len(under_way) > 40
+
+
+def test_time_interleaved_holds_little_of_calls_under_way():
+  alive, most = weakref.WeakSet(), []
+
+  class Array:
+    def __init__(self, nbytes):
+      self.nbytes = nbytes
+      alive.add(self)
+
+    def block_until_ready(self):
+      return self
+
+  def call():
+    made = [Array(4), Array(2**30)]
+    most.append(sum(array.nbytes for array in alive))
+    return made
+
+  timing.time_interleaved({"wide": call}, samples=1, sample_ms=1.0)
+  assert max(most) < 3 * 2**30
 
 
 def test_merge_records_replaces_by_key(tmp_path):

@@ -5,19 +5,30 @@ import jax
 from benchmarks.peers import Absent, Step
 
 
+class End:
+  """When the device has done all that it was given before."""
+
+  def __init__(self):
+    import torch
+
+    self._event = torch.cuda.Event()
+    self._event.record()
+
+  def block_until_ready(self):
+    """Waits until then."""
+    self._event.synchronize()
+    return self
+
+
 class Results:
   """A torch step's results, which `jax.block_until_ready` knows to await."""
 
   def __init__(self, *tensors):
-    import torch
-
-    self.tensors = tensors
-    self._made = torch.cuda.Event()
-    self._made.record()
+    self.tensors, self.end = tensors, End()
 
   def block_until_ready(self):
-    """Waits for all that the device had been given until they were made."""
-    self._made.synchronize()
+    """Waits for the results."""
+    self.end.block_until_ready()
     return self
 
   def to_jax(self) -> list[jax.Array]:
