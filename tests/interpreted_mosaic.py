@@ -6,6 +6,10 @@ row, counted by the same barrier, so that the schedule, the ring of stages and
 the epilogues are the real ones; of the second, only when it would report or
 wait is noted. What the blocks of a cluster load together each loads whole here,
 so that nobody would see one get what another asked for.
+
+Its warpgroups are callbacks in XLA's threads: there must be more of these than
+warpgroups that wait for each other. `conftest` asks for eight devices, and with
+them come as many threads; on a machine of few cores alone, set NPROC.
 """
 
 import functools

@@ -173,7 +173,8 @@ def test_clusters_interpreted_without_races(monkeypatch, name):
   silu = get_activation("silu", gated=True)
   x, w = normal(rng, ids.shape[0], 64), normal(rng, 2, 64, 256)
   if name == "scatter2scatter":
-    args = (normal(rng, ids.size, 64), normal(rng, 2, 128, 64), routing)
+    # Two steps of contraction.
+    args = (normal(rng, ids.size, 128), normal(rng, 2, 128, 128), routing)
     options = dict(grouped_in=True, grouped_out=True, transpose_w=True)
   elif name == "up_projection":
     args = (x, w, routing)
@@ -373,12 +374,12 @@ def test_clusters_change_no_bit_on_gpu(monkeypatch, not_here):
   here = np.asarray(routing.expert_ids) < E
   launched = []
 
-  def grid(num_blocks, cluster):
+  def noted_grid(num_blocks, cluster):
     launched.append(cluster)
-    return tree_grid(num_blocks, cluster)
+    return grid_of(num_blocks, cluster)
 
-  tree_grid = clusters.grid
-  monkeypatch.setattr(clusters, "grid", grid)
+  grid_of = clusters.grid
+  monkeypatch.setattr(clusters, "grid", noted_grid)
   for name, (args, options) in calls.items():
     results = []
     for least in (0, 2**40):

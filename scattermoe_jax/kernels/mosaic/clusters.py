@@ -30,7 +30,7 @@ def barriers(cluster: int, num_arrivals: int, num_barriers: int):
   To arrive at one is to arrive at that of every block. In a cluster of one, all
   threads of a warpgroup arrive; in one of more a single thread does for them,
   and waits for no other: right after `wgmma_wait`, which is the warpgroup's,
-  else after `commit_smem`.
+  before anything was read, else after `commit_smem`.
   """
   if cluster == 1:
     return plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=num_barriers)

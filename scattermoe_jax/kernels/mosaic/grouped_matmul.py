@@ -7,7 +7,7 @@ warpgroups in a block. The producer fills a ring of shared-memory stages, the
 consumers multiply from it and store.
 
             ring of stages              full[s]: stage s holds data
-  producer ---> x (m, 64) --> wgmma --> empty[s]: stage s has been multiplied
+  producer ---> x (m, 64) --> wgmma --> empty[s]: stage s may be filled
      TMA or     w (64, n)     acc (m, n) float32 in registers
      cp.async   x num_stages            --> epilogue --> global memory
 

@@ -50,8 +50,8 @@ class Tile(NamedTuple):
 class Entry(NamedTuple):
   """A tile's row of the schedule, as a kernel loads it.
 
-  Nothing is computed from it before the tile's turn: the thread would wait for
-  memory.
+  Nothing is computed from it in the turn in which it is loaded: the thread
+  would wait for memory.
 
   Attributes:
     expert: its expert; E for rows of no group.

@@ -128,6 +128,7 @@ def copy(source, smem, ids, window: Window, *, column, width, fan_out):
         nvvm.ShflKind.idx,
       )
       exists = arith.cmpi(arith.CmpIPredicate.sge, start, lt.const(0))
+      # Far outside for the start -1 of no row, of which nothing is read.
       row_source = lt.at_chunk(first_row, start)
       for j in range(tiles):
         live = exists
