@@ -6,7 +6,7 @@ from benchmarks.peers import Absent, Step
 
 
 class End:
-  """When the device has done all that it was given before."""
+  """When the current stream has done all that it was given before."""
 
   def __init__(self):
     import torch
