@@ -87,17 +87,19 @@ class Section(NamedTuple):
 _STEPS = Section(
   "bench_mlp", tables.layers, only={"direction": ("forward+backward",)}
 )
+_FORWARD = Section(
+  "bench_mlp",
+  functools.partial(tables.layers, direction="forward"),
+  only={"direction": ("forward",)},
+)
 _PRODUCTS = Section(
   "bench_ops", tables.ops, only={"implementation": ("mosaic",)}
 )
 SECTIONS = (
   _STEPS._replace(in_readme=("C1", "C2", "C3")),
-  Section(
-    "bench_mlp",
-    functools.partial(tables.layers, direction="forward"),
-    only={"direction": ("forward",)},
-  ),
+  _FORWARD,
   _STEPS._replace(device="h100"),
+  _FORWARD._replace(device="h100"),
   _PRODUCTS,
   _PRODUCTS._replace(device="h100"),
   Section("bench_attention", tables.attention, in_readme=("k8",)),
