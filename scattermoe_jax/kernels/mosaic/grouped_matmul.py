@@ -243,13 +243,13 @@ def multiply(
         plgpu.barrier_arrive(empty.at[slot])
       part = warpgroup * plan.part_m
 
-      def tile_of(t, entry: Entry):
+      def tile_of(t, now: Entry):
         index_m, index_n = index_of(t)
         return Tile(
-          expert=entry.expert,
-          row=entry.first + part,
-          begin=jnp.clip(entry.begin - part, 0, plan.part_m),
-          end=jnp.clip(entry.end - part, 0, plan.part_m),
+          expert=now.expert,
+          row=now.first + part,
+          begin=jnp.clip(now.begin - part, 0, plan.part_m),
+          end=jnp.clip(now.end - part, 0, plan.part_m),
           index_m=index_m + block,
           index_n=index_n,
           part=part,
