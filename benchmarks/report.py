@@ -84,14 +84,12 @@ class Section(NamedTuple):
     return f"{made}\n\n{_made_by(records)}" if made else ""
 
 
-_STEPS = Section(
-  "bench_mlp", tables.layers, only={"direction": ("forward+backward",)}
-)
-_FORWARD = Section(
-  "bench_mlp",
-  functools.partial(tables.layers, direction="forward"),
-  only={"direction": ("forward",)},
-)
+def _layers(direction: str) -> Section:
+  table = functools.partial(tables.layers, direction=direction)
+  return Section("bench_mlp", table, only={"direction": (direction,)})
+
+
+_STEPS, _FORWARD = _layers("forward+backward"), _layers("forward")
 _PRODUCTS = Section(
   "bench_ops", tables.ops, only={"implementation": ("mosaic",)}
 )
