@@ -51,10 +51,10 @@ class SingleRows(NamedTuple):
     found = jnp.zeros((block_rows,), jnp.int32)
     return lax.fori_loop(0, block_rows, look_up_row, found)
 
-  def load(self, x, x_smem, my_ids, column, barrier):
+  def load(self, x, x_smem, my_ids, column, barrier, *, more=0):
     def load_row(row, _):
       plgpu.copy_gmem_to_smem(
-        x.at[pl.ds(my_ids[row] // self.fan_out, 1), pl.ds(column, 64)],
+        x.at[pl.ds(my_ids[row] // self.fan_out, 1), pl.ds(column + more, 64)],
         x_smem.at[pl.ds(row, 1)],
         barrier,
       )
@@ -104,11 +104,13 @@ def mosaic_interpreted(config: TileConfig = SMALL, **params) -> SimpleNamespace:
       interpret = plgpu.force_gpu_interpret_mode(
         plgpu.InterpretGPUParams(**params)
       )
-      stand_ins = dict(RowCopies=SingleRows, Pace=NoPace)
-      with mock.patch.multiple(grouped_matmul, **stand_ins):
-        with interpret:
-          call = functools.partial(function, config=config, **kwargs)
-          return jax.block_until_ready(jax.jit(call)(*args))
+      with (
+        mock.patch.object(grouped_matmul, "RowCopies", SingleRows),
+        mock.patch.object(pace, "Pace", NoPace),
+        interpret,
+      ):
+        call = functools.partial(function, config=config, **kwargs)
+        return jax.block_until_ready(jax.jit(call)(*args))
 
     return run
 

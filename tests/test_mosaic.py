@@ -5,6 +5,8 @@ behind the seam of `interpreted_mosaic`. On a GPU the kernels themselves run in
 `test_backends.py`, with every other backend.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,22 +148,30 @@ def test_fused_forms_interpreted_without_races(gated):
 
 @needs_mosaic
 @pytest.mark.parametrize(
-  "name",
+  "name, in_turn",
   [
-    "scatter2scatter",
-    pytest.param("up_projection", marks=pytest.mark.slow),
-    pytest.param("down_projection_grad", marks=pytest.mark.slow),
+    ("scatter2scatter", 1),
+    # A turn of the ring at a time.
+    ("scatter2scatter", 4),
+    pytest.param("up_projection", 1, marks=pytest.mark.slow),
+    pytest.param("up_projection", 4, marks=pytest.mark.slow),
+    pytest.param("down_projection_grad", 1, marks=pytest.mark.slow),
+    pytest.param("down_projection_grad", 4, marks=pytest.mark.slow),
   ],
 )
-def test_clusters_interpreted_without_races(monkeypatch, name):
-  from scattermoe_jax.kernels.mosaic import matmul_tiles
-  from tests.interpreted_mosaic import mosaic_interpreted
+def test_clusters_interpreted_without_races(monkeypatch, name, in_turn):
+  from scattermoe_jax.kernels.mosaic import matmul_loader, matmul_tiles
+  from tests.interpreted_mosaic import SMALL, mosaic_interpreted
 
   monkeypatch.setattr(matmul_tiles, "_LARGE_BYTES", 0)
-  plans = []
-  cluster = matmul_tiles.Plan.cluster.fget
-  noted = property(lambda plan: plans.append(plan) or cluster(plan))
-  monkeypatch.setattr(matmul_tiles.Plan, "cluster", noted)
+  noted = []
+  load = matmul_loader.Loader.load_tiles
+
+  def noted_load(loader):
+    noted.append((loader.plan.cluster, loader.in_turn))
+    load(loader)
+
+  monkeypatch.setattr(matmul_loader.Loader, "load_tiles", noted_load)
   # Windows of two blocks: of one expert, of two, of one and a window without
   # rows, and of no group.
   sizes, top_k = (300, 200, 112), 2
@@ -171,23 +181,50 @@ def test_clusters_interpreted_without_races(monkeypatch, name):
   assert windows.expert_ids[:8].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
   assert windows.ends[:8].tolist() == [128, 128, 44, 128, 76, 0, 116, 0]
   silu = get_activation("silu", gated=True)
-  x, w = normal(rng, ids.shape[0], 64), normal(rng, 2, 64, 256)
+  width, config = 64 * in_turn, SMALL
+  if in_turn > 1:
+    # As many stages, and as many chunks of h to load.
+    config = dataclasses.replace(SMALL, num_stages=in_turn)
+  x, w = normal(rng, ids.shape[0], width), normal(rng, 2, width, 256)
   if name == "scatter2scatter":
-    # Two steps of contraction.
-    args = (normal(rng, ids.size, 128), normal(rng, 2, 128, 128), routing)
+    # Two steps of contraction, or two turns.
+    args = (normal(rng, ids.size, 2 * width), normal(rng, 2, 128, 2 * width))
     options = dict(grouped_in=True, grouped_out=True, transpose_w=True)
   elif name == "up_projection":
-    args = (x, w, routing)
+    args = (x, w)
     options = dict(bias=normal(rng, 2, 256), activation=silu, keep_h=True)
   else:
-    h = normal(rng, ids.size, 256)
+    if in_turn > 1:
+      config = dataclasses.replace(config, block_n=64 * in_turn)
+    h = normal(rng, ids.size, 2 * config.block_n)
     gates = jnp.asarray(rng.random(ids.size), jnp.float32)
-    args = (x, normal(rng, 2, 128, 64), h, gates, routing)
+    args = (x, normal(rng, 2, config.block_n, width), h, gates)
     options = dict(activation=silu)
-  backend = mosaic_interpreted(detect_races=True)
-  got = getattr(backend, name)(*args, **options)
-  assert {cluster(plan) for plan in plans} == {2}
-  assert_equals_xla(name, got, *args, **options)
+  backend = mosaic_interpreted(config, detect_races=True)
+  got = getattr(backend, name)(*args, routing, **options)
+  assert set(noted) == {(2, in_turn)}
+  assert_equals_xla(name, got, *args, routing, **options)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+  "steps, num_stages, d_out, in_turn",
+  [
+    (64, 4, 2048, 4),
+    (45, 4, 2880, 1),
+    # A small matrix, whose blocks load alone.
+    (64, 4, 256, 1),
+    # Reports are due every 32 steps, which no third turn of three begins.
+    (48, 3, 2048, 1),
+  ],
+)
+def test_whole_turns_of_the_ring(steps, num_stages, d_out, in_turn):
+  from scattermoe_jax.kernels.mosaic import epilogues, matmul_loader
+  from scattermoe_jax.kernels.mosaic.matmul_tiles import Plan
+
+  config = TileConfig(128, 256, num_stages=num_stages, num_sms=132)
+  plan = Plan(2**18, 128, 64 * steps, d_out, jnp.bfloat16, config)
+  assert matmul_loader.steps_in_turn(plan, epilogues.StoreRows()) == in_turn
 
 
 LOWERED = {

@@ -83,10 +83,19 @@ class RowCopies(NamedTuple):
 
     return look_up(ids, lt.int32(first), lt.int32(num_rows))
 
-  def load(self, x, x_smem, my_ids, column, barrier) -> None:
+  def load(self, x, x_smem, my_ids, column, barrier, *, more: int = 0) -> None:
     """Starts the copy of 64 columns of the rows of `my_ids` into a stage.
 
     Counted by `arrive`, not by `barrier`.
+
+    Args:
+      x: the rows, in global memory.
+      x_smem: the stage.
+      my_ids: from `look_up`.
+      column: a column.
+      barrier: of the stage; unused.
+      more: how many columns after that the first is; a constant is part of an
+        instruction, and where rows have that column is computed once.
     """
     del barrier
     count = my_ids.shape[0] // lt.WARPGROUP
@@ -106,7 +115,7 @@ class RowCopies(NamedTuple):
       for i, source in enumerate(self._addresses(x, my_ids, column)):
         nvvm.cp_async_shared_global(
           lt.at_byte(target, i * _ROWS_AT_ONCE * 128),
-          source,
+          lt.at_byte(source, more // lt.CHUNK * 16),
           16,
           nvvm.LoadCacheModifierKind.CG,
         )

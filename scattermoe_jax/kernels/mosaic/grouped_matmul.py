@@ -3,8 +3,8 @@
 # M = S rows, K = d (contraction), N = n (columns), G = E
 
 A persistent kernel: one block on each streaming multiprocessor, three
-warpgroups in a block. The producer fills a ring of shared-memory stages, the
-consumers multiply from it and store.
+warpgroups in a block. The producer (`matmul_loader`) fills a ring of
+shared-memory stages, the consumers multiply from it and store.
 
             ring of stages              full[s]: stage s holds data
   producer ---> x (m, 64) --> wgmma --> empty[s]: stage s may be filled
@@ -34,21 +34,23 @@ from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels.mosaic import clusters
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic.gather import RowCopies
+from scattermoe_jax.kernels.mosaic.matmul_loader import (
+  Loader,
+  Ring,
+  Sources,
+  arrivals,
+)
 from scattermoe_jax.kernels.mosaic.matmul_tiles import (
-  ALIGN,
   CONSUMERS,
   Entry,
   Plan,
   Tile,
-  place_of_turn,
-  slice_of_w,
+  Walk,
 )
-from scattermoe_jax.kernels.mosaic.pace import Pace
 from scattermoe_jax.kernels.schedule import window_schedule
 from scattermoe_jax.routing import Routing
 
 _PRODUCER = 2  # index of the warpgroup that loads
-_IN_FLIGHT = 1  # k-steps of cp.async, while the next is issued
 
 
 class _Registers(NamedTuple):
@@ -89,151 +91,26 @@ def multiply(
   )
   if slice_index is not None:
     schedule.append(slice_index[None])
-  steps_k = plan.d_in // config.block_k
   rows = RowCopies(plan.d_in, plan.num_rows // x.shape[0])
   registers = _REGISTERS
   if not (plan.grouped_in or epilogue.holds):
     registers = _FUSED_GATHERED_REGISTERS
-  arrivals = plan.halves + (1 if plan.grouped_in else rows.arrivals)
 
   def body(x, w, ids, *refs):
     tiles, refs = refs[: len(schedule)], refs[len(schedule) :]
     extra, refs = refs[: len(operands)], refs[len(operands) :]
     outs, refs = refs[: len(out_types)], refs[len(out_types) :]
     x_smem, w_smem, full, empty, *scratch = refs
+    ring = Ring(x_smem, w_smem, full, empty)
     warpgroup = lax.axis_index("warpgroup")
-    cluster, block = lax.axis_index("cluster"), lax.axis_index("block")
-    num_clusters = config.num_sms // plan.cluster
-    # A cluster takes as many row tiles at a time as it has blocks.
-    num_turns_m = lt.cdiv(tiles[4][plan.num_experts], plan.cluster)
-    num_turns = num_turns_m * plan.num_tiles_n
-    mine = (num_turns - cluster + num_clusters - 1) // num_clusters
-
-    def index_of(t):
-      """Returns (first row tile of the cluster's t-th turn, column tile)."""
-      turn = cluster + t * num_clusters
-      row, column = place_of_turn(plan, turn, num_turns_m)
-      return row * plan.cluster, column
-
-    def entry(t) -> Entry:
-      """Loads the t-th tile's row of the schedule; used a tile later."""
-      index_m = jnp.clip(index_of(t)[0], 0, plan.num_windows - plan.cluster)
-      expert, first, begin, end = (ref[index_m + block] for ref in tiles[:4])
-      top, bottom = tiles[0][index_m], tiles[0][index_m + plan.cluster - 1]
-      return Entry(expert, first, begin, end, top, bottom)
-
-    def num_steps(expert):
-      return jnp.where(expert < plan.num_experts, steps_k, 0)
+    walk = Walk.of(plan, tiles)
 
     @pl.when(warpgroup == _PRODUCER)
     def produce():
       plgpu.set_max_registers(registers.producer, action="decrease")
-      shift = None if slice_index is None else tiles[5][0] * plan.d_out
-      pace = Pace.of(config.num_sms, steps_k)
-
-      def look_up(tile: Entry):
-        if plan.grouped_in:
-          return ()
-        return rows.look_up(ids, tile.first, tile.end, config.block_m)
-
-      def load_tile(t, carry):
-        step, previous, now, my_ids, soon = carry
-        # One tile ahead: the ids of its rows, and the entry after that.
-        next_ids, later = look_up(soon), entry(t + 2)
-        expert, is_shared = now.expert, now.is_shared
-        index_n = index_of(t)[1]
-        first = pl.multiple_of(now.first, ALIGN)
-        all_have_one = (t + 1) * num_clusters <= num_turns
-        if pace is not None:
-          pl.when(all_have_one & (num_steps(expert) == 0))(pace.skip)
-
-        def load_step(k, carry):
-          step, previous = carry
-          slot = lt.rem(step, stages)
-          column = k * config.block_k
-          if pace is not None:
-            pl.when(all_have_one)(lambda: pace.keep(t, k))
-
-          # Wait until the consumers have multiplied what the stage held.
-          plgpu.barrier_wait(empty.at[slot])
-
-          def load_w(together=None):
-            for half in range(plan.halves):
-              source = slice_of_w(plan, expert, column, index_n, half, shift)
-              plgpu.copy_gmem_to_smem(
-                w.at[source],
-                w_smem.at[slot, half],
-                full.at[slot],
-                collective_axes=together,
-              )
-
-          if plan.cluster > 1:
-            # Each block loads its share into all of them.
-            pl.when(is_shared)(lambda: load_w("block"))
-            pl.when(jnp.logical_not(is_shared))(load_w)
-          else:
-            load_w()
-          if plan.grouped_in:
-            plgpu.copy_gmem_to_smem(
-              x.at[pl.ds(first, config.block_m), pl.ds(column, config.block_k)],
-              x_smem.at[slot],
-              full.at[slot],
-            )
-          else:
-            rows.load(x, x_smem.at[slot], my_ids, column, full.at[slot])
-
-            @pl.when(previous >= 0)
-            def _():
-              rows.arrive(full.at[jnp.maximum(previous, 0)], _IN_FLIGHT)
-
-          return step + 1, slot
-
-        step, previous = lax.fori_loop(
-          0, num_steps(expert), load_step, (step, previous)
-        )
-        if epilogue.num_loads(plan):
-          step = load_for_epilogue(step, previous, first, index_n)
-          previous = jnp.int32(-1)
-        return step, previous, soon, next_ids, later
-
-      def arrive_last(previous):
-        if not plan.grouped_in:
-
-          @pl.when(previous >= 0)
-          def _():
-            rows.arrive(full.at[jnp.maximum(previous, 0)], 0)
-
-      def load_for_epilogue(step, previous, first, index_n):
-        """Fills a stage for each chunk of columns that the epilogue reads."""
-        arrive_last(previous)
-
-        def load_chunk(j, step):
-          slot = lt.rem(step, stages)
-          plgpu.barrier_wait(empty.at[slot])
-          copies = epilogue.load(
-            plan,
-            j,
-            first,
-            index_n,
-            extra,
-            (x_smem.at[slot], w_smem.at[slot, 0]),
-            full.at[slot],
-          )
-          for _missing in range(arrivals - copies):
-            plgpu.barrier_arrive(full.at[slot])
-          return step + 1
-
-        return lax.fori_loop(0, epilogue.num_loads(plan), load_chunk, step)
-
-      now = entry(0)
-      start = (jnp.int32(0), jnp.int32(-1), now, look_up(now), entry(1))
-      _, previous, *_ = lax.fori_loop(0, mine, load_tile, start)
-      arrive_last(previous)
-
-      # Wait for the last release of every stage: a barrier may not go while
-      # someone is about to arrive at it.
-      for slot in range(stages):
-        plgpu.barrier_wait(empty.at[slot])
+      slices = None if slice_index is None else tiles[5]
+      sources = Sources(x, w, ids, slices, extra)
+      Loader(plan, epilogue, rows, walk, sources, ring).load_tiles()
 
     @pl.when(warpgroup != _PRODUCER)
     def consume():
@@ -244,13 +121,13 @@ def multiply(
       part = warpgroup * plan.part_m
 
       def tile_of(t, now: Entry):
-        index_m, index_n = index_of(t)
+        index_m, index_n = walk.index_of(t)
         return Tile(
           expert=now.expert,
           row=now.first + part,
           begin=jnp.clip(now.begin - part, 0, plan.part_m),
           end=jnp.clip(now.end - part, 0, plan.part_m),
-          index_m=index_m + block,
+          index_m=index_m + walk.block,
           index_n=index_n,
           part=part,
           consumer=warpgroup,
@@ -258,8 +135,8 @@ def multiply(
 
       def products(expert, step, pieces=()):
         """Returns a tile's sums; calls `pieces` between its products."""
-        steps_here = num_steps(expert)
-        in_turn = max(-(-len(pieces) // steps_k), 1)
+        steps_here = walk.num_steps(expert)
+        in_turn = max(-(-len(pieces) // plan.steps), 1)
 
         @pl.when(steps_here == 0)
         def _():
@@ -300,17 +177,17 @@ def multiply(
       def multiply_and_hold(t, carry):
         """Stores the tile before between the products of this one."""
         step, now, held, before = carry
-        soon = entry(t + 1)
+        soon = walk.entry(t + 1)
         accs = products(now.expert, step, store_pieces(held, before))
         tile = tile_of(t, now)
         held = epilogue.hold(plan, accs, tile, extra, rows)
-        return step + num_steps(now.expert), soon, held, tile
+        return step + walk.num_steps(now.expert), soon, held, tile
 
       def multiply_and_store(t, carry):
         step, now = carry
-        soon = entry(t + 1)
+        soon = walk.entry(t + 1)
         accs = products(now.expert, step)
-        step += num_steps(now.expert)
+        step += walk.num_steps(now.expert)
 
         @contextlib.contextmanager
         def loaded(j):
@@ -328,9 +205,9 @@ def multiply(
         )
         return step + epilogue.num_loads(plan), soon
 
-      start = (jnp.int32(0), entry(0))
+      start = (jnp.int32(0), walk.entry(0))
       if not epilogue.holds:
-        lax.fori_loop(0, mine, multiply_and_store, start)
+        lax.fori_loop(0, walk.num_tiles, multiply_and_store, start)
       else:
         # Before the first tile there is one without rows.
         tile = tile_of(0, start[1])
@@ -339,7 +216,7 @@ def multiply(
           jnp.zeros(a.shape, a.dtype) for a in epilogue.held_types(plan, rows)
         ]
         *_, held, tile = lax.fori_loop(
-          0, mine, multiply_and_hold, (*start, held, tile)
+          0, walk.num_tiles, multiply_and_hold, (*start, held, tile)
         )
         for store in store_pieces(held, tile):
           store()
@@ -366,7 +243,7 @@ def multiply(
         plan.dtype,
         transforms=lt.OPERAND,
       ),
-      plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=arrivals(plan, rows), num_barriers=stages),
       clusters.barriers(plan.cluster, CONSUMERS, stages),
       *epilogue.scratch_types(plan),
     ],

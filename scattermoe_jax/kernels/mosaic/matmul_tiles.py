@@ -1,6 +1,7 @@
 """How a grouped matmul is cut: the plan of a launch, and one of its tiles."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -103,6 +104,11 @@ class Plan:
   halves: int = 1
 
   @property
+  def steps(self) -> int:
+    """Steps of contraction of a tile."""
+    return self.d_in // self.config.block_k
+
+  @property
   def part_m(self) -> int:
     """Rows of a tile that one consumer holds."""
     return self.config.block_m // CONSUMERS
@@ -139,6 +145,70 @@ class Plan:
   def num_tiles_n(self) -> int:
     """Tiles of columns."""
     return lt.cdiv(self.d_out // self.halves, self.part_n)
+
+
+class Walk(NamedTuple):
+  """The tiles that one block takes, one in each turn of its cluster.
+
+  Attributes:
+    plan: the launch.
+    schedule: of the launch's windows, in global memory.
+    cluster: which of the clusters the block is of.
+    block: which of its blocks it is.
+    num_turns_m: rows of clusters of tiles.
+    num_turns: clusters of tiles.
+  """
+
+  plan: Plan
+  schedule: Sequence[Any]
+  cluster: Array
+  block: Array
+  num_turns_m: Array
+  num_turns: Array
+
+  @classmethod
+  def of(cls, plan: Plan, schedule: Sequence[Any]) -> "Walk":
+    """Returns the walk of the block that asks."""
+    cluster, block = lax.axis_index("cluster"), lax.axis_index("block")
+    # A cluster takes as many row tiles at a time as it has blocks.
+    num_turns_m = lt.cdiv(schedule[4][plan.num_experts], plan.cluster)
+    num_turns = num_turns_m * plan.num_tiles_n
+    return cls(plan, schedule, cluster, block, num_turns_m, num_turns)
+
+  @property
+  def num_tiles(self) -> Array:
+    """How many tiles the block takes."""
+    clusters = self._num_clusters
+    return (self.num_turns - self.cluster + clusters - 1) // clusters
+
+  def index_of(self, t) -> tuple[Array, Array]:
+    """Returns (first row tile of the cluster's t-th turn, column tile)."""
+    turn = self.cluster + t * self._num_clusters
+    row, column = place_of_turn(self.plan, turn, self.num_turns_m)
+    return row * self.plan.cluster, column
+
+  def entry(self, t) -> Entry:
+    """Loads the t-th tile's row of the schedule; used a tile later."""
+    last = self.plan.num_windows - self.plan.cluster
+    index_m = jnp.clip(self.index_of(t)[0], 0, last)
+    experts = self.schedule[0]
+    expert, first, begin, end = (
+      ref[index_m + self.block] for ref in self.schedule[:4]
+    )
+    top, bottom = experts[index_m], experts[index_m + self.plan.cluster - 1]
+    return Entry(expert, first, begin, end, top, bottom)
+
+  def num_steps(self, expert) -> Array:
+    """Returns the steps of contraction of a tile; none for rows of no group."""
+    return jnp.where(expert < self.plan.num_experts, self.plan.steps, 0)
+
+  def all_have_one(self, t) -> Array:
+    """Returns whether all blocks have a t-th tile."""
+    return (t + 1) * self._num_clusters <= self.num_turns
+
+  @property
+  def _num_clusters(self) -> int:
+    return self.plan.config.num_sms // self.plan.cluster
 
 
 def place_of_turn(plan: Plan, turn, num_turns_m):

@@ -1,0 +1,240 @@
+"""The warpgroup of a grouped matmul that loads: it keeps a ring of stages full.
+
+A step's w comes by TMA, its rows of x by TMA where they are grouped, else by
+cp.async. These are announced one step late, so that two steps are under way;
+TMA announces its own.
+
+    stage    0        1        2        3        0
+             copy 0
+                      copy 1
+             full 0            copy 2
+                      full 1            copy 3 ...
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from scattermoe_jax.kernels.mosaic import layouts as lt
+from scattermoe_jax.kernels.mosaic import pace
+from scattermoe_jax.kernels.mosaic.matmul_tiles import (
+  ALIGN,
+  Entry,
+  Plan,
+  Walk,
+  slice_of_w,
+)
+
+_IN_FLIGHT = 1  # steps of cp.async, while the next is issued
+
+
+class Sources(NamedTuple):
+  """What is loaded, in global memory.
+
+  Attributes:
+    x: the rows.
+    w: the matrices.
+    ids: the row of x at each position, if rows are gathered.
+    slice_index: which slice of w is multiplied, one number; None if all of it.
+    extra: what the epilogue reads.
+  """
+
+  x: Any
+  w: Any
+  ids: Any
+  slice_index: Any
+  extra: Any
+
+
+class Ring(NamedTuple):
+  """Stages in shared memory, and who may touch them.
+
+  Attributes:
+    x: of rows.
+    w: of the halves of w.
+    full: barriers: a stage holds a step.
+    empty: barriers: a stage may be filled.
+  """
+
+  x: Any
+  w: Any
+  full: Any
+  empty: Any
+
+
+def arrivals(plan: Plan, rows: Any) -> int:
+  """Returns how often a stage's `full` is arrived at, until it is full."""
+  return plan.halves + (1 if plan.grouped_in else rows.arrivals)
+
+
+def steps_in_turn(plan: Plan, epilogue: Any) -> int:
+  """Returns how many steps one turn of the loop over them loads.
+
+  Of large matrices a turn of the ring: its stages are constants then, and where
+  a gathered row begins serves all of them. Where tiles are short, what that
+  takes to begin with is not earned back, and each step is a turn.
+  """
+  stages = plan.config.num_stages
+  # The steps of a tile, the stages after them, and the steps between reports.
+  counts = (plan.steps, epilogue.num_loads(plan), pace.STEPS)
+  fill_the_ring = all(count % stages == 0 for count in counts)
+  return stages if plan.cluster > 1 and fill_the_ring else 1
+
+
+class Loader:
+  """Loads the tiles of a walk, one after another."""
+
+  def __init__(
+    self,
+    plan: Plan,
+    epilogue: Any,
+    rows: Any,
+    walk: Walk,
+    sources: Sources,
+    ring: Ring,
+  ):
+    """Makes the loader of one block.
+
+    Args:
+      plan: the launch.
+      epilogue: it may want stages filled after those of a tile.
+      rows: how rows are gathered: a `gather.RowCopies` or the like of it.
+      walk: the block's tiles.
+      sources: from where.
+      ring: where to.
+    """
+    self.plan, self.epilogue, self.rows = plan, epilogue, rows
+    self.walk, self.sources, self.ring = walk, sources, ring
+    self.stages = plan.config.num_stages
+    self.in_turn = steps_in_turn(plan, epilogue)
+    index = sources.slice_index
+    self.shift = None if index is None else index[0] * plan.d_out
+    self.pace = pace.Pace.of(plan.config.num_sms, plan.steps)
+
+  def load_tiles(self) -> None:
+    """Fills the ring with the steps of all tiles, and waits for its release."""
+    now = self.walk.entry(0)
+    start = (jnp.int32(0), jnp.int32(-1), now, self._look_up(now))
+    _, previous, *_ = lax.fori_loop(
+      0, self.walk.num_tiles, self._load_tile, (*start, self.walk.entry(1))
+    )
+    self._announce_last(previous)
+
+    # Wait for the last release of every stage: a barrier may not go while
+    # someone is about to arrive at it.
+    for slot in range(self.stages):
+      plgpu.barrier_wait(self.ring.empty.at[slot])
+
+  def _look_up(self, tile: Entry):
+    if self.plan.grouped_in:
+      return ()
+    block_m = self.plan.config.block_m
+    return self.rows.look_up(self.sources.ids, tile.first, tile.end, block_m)
+
+  def _load_tile(self, t, carry):
+    step, previous, now, my_ids, soon = carry
+    # One tile ahead: the ids of its rows, and the entry after that.
+    next_ids, later = self._look_up(soon), self.walk.entry(t + 2)
+    index_n = self.walk.index_of(t)[1]
+    first = pl.multiple_of(now.first, ALIGN)
+    all_have_one = self.walk.all_have_one(t)
+    num_steps = self.walk.num_steps(now.expert)
+    if self.pace is not None:
+      pl.when(all_have_one & (num_steps == 0))(self.pace.skip)
+
+    def load_turn(i, carry):
+      step, previous = carry
+      slots, last = self._slots(step, previous)
+      k = i * self.in_turn
+      if self.pace is not None:
+        pl.when(all_have_one)(lambda: self.pace.keep(t, k))
+      for more, slot in enumerate(slots):
+        plgpu.barrier_wait(self.ring.empty.at[slot])
+        self._load_w(now, index_n, k + more, slot)
+        self._load_x(first, my_ids, k, more, slot)
+        if more:
+          self._announce(slots[more - 1], _IN_FLIGHT)
+        else:
+          pl.when(previous >= 0)(lambda: self._announce(last, _IN_FLIGHT))
+      return step + self.in_turn, jnp.int32(slot)
+
+    step, previous = lax.fori_loop(
+      0, num_steps // self.in_turn, load_turn, (step, previous)
+    )
+    if self.epilogue.num_loads(self.plan):
+      step = self._load_for_epilogue(step, previous, first, index_n)
+      previous = jnp.int32(-1)
+    return step, previous, soon, next_ids, later
+
+  def _slots(self, step, previous) -> tuple[Sequence[Any], Any]:
+    """Returns the stages of a turn, and that of the step before it."""
+    if self.in_turn == 1:
+      return [lt.rem(step, self.stages)], jnp.maximum(previous, 0)
+    return range(self.stages), self.stages - 1
+
+  def _load_w(self, now: Entry, index_n, k, slot) -> None:
+    plan, w, ring = self.plan, self.sources.w, self.ring
+    column = k * plan.config.block_k
+
+    def load(together=None):
+      for half in range(plan.halves):
+        source = slice_of_w(plan, now.expert, column, index_n, half, self.shift)
+        plgpu.copy_gmem_to_smem(
+          w.at[source],
+          ring.w.at[slot, half],
+          ring.full.at[slot],
+          collective_axes=together,
+        )
+
+    if plan.cluster == 1:
+      load()
+    else:
+      # Each block loads its share into all of them.
+      pl.when(now.is_shared)(lambda: load("block"))
+      pl.when(jnp.logical_not(now.is_shared))(load)
+
+  def _load_x(self, first, my_ids, k, more: int, slot) -> None:
+    """Loads the rows of step k + `more`."""
+    config, x, ring = self.plan.config, self.sources.x, self.ring
+    target, full = ring.x.at[slot], ring.full.at[slot]
+    if self.plan.grouped_in:
+      column = (k + more) * config.block_k
+      source = pl.ds(first, config.block_m), pl.ds(column, config.block_k)
+      plgpu.copy_gmem_to_smem(x.at[source], target, full)
+    else:
+      column = k * config.block_k
+      more *= config.block_k
+      self.rows.load(x, target, my_ids, column, full, more=more)
+
+  def _announce(self, slot, in_flight: int) -> None:
+    """Says that gathered rows are there, all but those of the last steps."""
+    if not self.plan.grouped_in:
+      self.rows.arrive(self.ring.full.at[slot], in_flight)
+
+  def _announce_last(self, previous) -> None:
+    last = jnp.maximum(previous, 0)
+    pl.when(previous >= 0)(lambda: self._announce(last, 0))
+
+  def _load_for_epilogue(self, step, previous, first, index_n):
+    """Fills a stage for each chunk of columns that the epilogue reads."""
+    self._announce_last(previous)
+
+    def load_chunk(j, step):
+      slot = lt.rem(step, self.stages)
+      plgpu.barrier_wait(self.ring.empty.at[slot])
+      full = self.ring.full.at[slot]
+      stage = self.ring.x.at[slot], self.ring.w.at[slot, 0]
+      copies = self.epilogue.load(
+        self.plan, j, first, index_n, self.sources.extra, stage, full
+      )
+      for _missing in range(arrivals(self.plan, self.rows) - copies):
+        plgpu.barrier_arrive(full)
+      return step + 1
+
+    return lax.fori_loop(
+      0, self.epilogue.num_loads(self.plan), load_chunk, step
+    )
