@@ -155,7 +155,9 @@ def _made_by(records: Sequence[Record]) -> str:
     shapes.setdefault(rest, {}).update(dict.fromkeys(names))
   commands = (rest.format(" ".join(names)) for rest, names in shapes.items())
   made = " and ".join(f"`{command}`" for command in commands)
-  return f"{first['device']}, JAX {first['jax']}, {first['date']}: {made}."
+  dates = sorted({r["date"] for r in records})
+  when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+  return f"{first['device']}, JAX {first['jax']}, {when}: {made}."
 
 
 def write_readme(path: pathlib.Path = _ROOT / "README.md") -> None:

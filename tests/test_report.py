@@ -190,6 +190,15 @@ def test_a_section_is_of_the_chosen_records_and_their_commands(monkeypatch):
   )
 
 
+def test_records_of_several_days_say_so(monkeypatch):
+  records = made_here(layer_records(["C1", "C2"]))
+  records[-1]["date"] = "tomorrow"
+  monkeypatch.setattr(report, "load", lambda device, bench: records)
+  section = report.Section("bench_mlp", tables.layers)
+  assert "card, JAX 1, today to tomorrow: " in section.text()
+  assert "card, JAX 1, today: " in section.text(["C1"])
+
+
 def test_commands_that_differ_in_their_shapes_are_said_once(monkeypatch):
   records = made_here(layer_records(["C1", "C2"]))
   records[0]["command"] = "python -m benchmarks.other"
