@@ -36,8 +36,8 @@ class SingleRows(NamedTuple):
   width: int
   fan_out: int = 1
 
-  # Copies that arrive at a stage's barrier: the rows of SMALL.
-  arrivals = SMALL.block_m
+  # At a stage's barrier: the rows of SMALL, and who announces them.
+  arrivals = SMALL.block_m + 1
 
   def ids_type(self, block_rows):
     return jax.ShapeDtypeStruct((block_rows,), jnp.int32)
@@ -51,10 +51,10 @@ class SingleRows(NamedTuple):
     found = jnp.zeros((block_rows,), jnp.int32)
     return lax.fori_loop(0, block_rows, look_up_row, found)
 
-  def load(self, x, x_smem, my_ids, column, barrier, *, more=0):
+  def load(self, x, x_smem, my_ids, column, barrier, *, offset):
     def load_row(row, _):
       plgpu.copy_gmem_to_smem(
-        x.at[pl.ds(my_ids[row] // self.fan_out, 1), pl.ds(column + more, 64)],
+        x.at[pl.ds(my_ids[row] // self.fan_out, 1), pl.ds(column + offset, 64)],
         x_smem.at[pl.ds(row, 1)],
         barrier,
       )
@@ -62,7 +62,7 @@ class SingleRows(NamedTuple):
     lax.fori_loop(0, my_ids.shape[0], load_row, None)
 
   def arrive(self, barrier, in_flight):
-    pass
+    plgpu.barrier_arrive(barrier)
 
   def store(self, y_smem, y, my_ids, column, begin, end):
     def store_row(row, _):

@@ -83,7 +83,7 @@ class RowCopies(NamedTuple):
 
     return look_up(ids, lt.int32(first), lt.int32(num_rows))
 
-  def load(self, x, x_smem, my_ids, column, barrier, *, more: int = 0) -> None:
+  def load(self, x, x_smem, my_ids, column, barrier, *, offset: int) -> None:
     """Starts the copy of 64 columns of the rows of `my_ids` into a stage.
 
     Counted by `arrive`, not by `barrier`.
@@ -94,8 +94,8 @@ class RowCopies(NamedTuple):
       my_ids: from `look_up`.
       column: a column.
       barrier: of the stage; unused.
-      more: how many columns after that the first is; a constant is part of an
-        instruction, and where rows have that column is computed once.
+      offset: what is added to `column`, a constant, so that copies of the same
+        `column` share their addresses.
     """
     del barrier
     count = my_ids.shape[0] // lt.WARPGROUP
@@ -115,7 +115,7 @@ class RowCopies(NamedTuple):
       for i, source in enumerate(self._addresses(x, my_ids, column)):
         nvvm.cp_async_shared_global(
           lt.at_byte(target, i * _ROWS_AT_ONCE * 128),
-          lt.at_byte(source, more // lt.CHUNK * 16),
+          lt.at_byte(source, offset // lt.CHUNK * 16),
           16,
           nvvm.LoadCacheModifierKind.CG,
         )

@@ -36,8 +36,8 @@ from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic.gather import RowCopies
 from scattermoe_jax.kernels.mosaic.matmul_loader import (
   Loader,
-  Ring,
   Sources,
+  Stages,
   arrivals,
 )
 from scattermoe_jax.kernels.mosaic.matmul_tiles import (
@@ -47,7 +47,7 @@ from scattermoe_jax.kernels.mosaic.matmul_tiles import (
   Tile,
   Walk,
 )
-from scattermoe_jax.kernels.schedule import window_schedule
+from scattermoe_jax.kernels.schedule import WindowSchedule, window_schedule
 from scattermoe_jax.routing import Routing
 
 _PRODUCER = 2  # index of the warpgroup that loads
@@ -86,30 +86,27 @@ def multiply(
       w has no more.
   """
   config, stages = plan.config, plan.config.num_stages
-  schedule = list(
-    window_schedule(routing.group_sizes, plan.num_rows, *plan.windows)
-  )
-  if slice_index is not None:
-    schedule.append(slice_index[None])
+  schedule = window_schedule(routing.group_sizes, plan.num_rows, *plan.windows)
+  slices = [] if slice_index is None else [slice_index[None]]
   rows = RowCopies(plan.d_in, plan.num_rows // x.shape[0])
   registers = _REGISTERS
   if not (plan.grouped_in or epilogue.holds):
     registers = _FUSED_GATHERED_REGISTERS
 
   def body(x, w, ids, *refs):
-    tiles, refs = refs[: len(schedule)], refs[len(schedule) :]
+    windows, refs = refs[: len(schedule)], refs[len(schedule) :]
+    index, refs = refs[: len(slices)], refs[len(slices) :]
     extra, refs = refs[: len(operands)], refs[len(operands) :]
     outs, refs = refs[: len(out_types)], refs[len(out_types) :]
     x_smem, w_smem, full, empty, *scratch = refs
-    ring = Ring(x_smem, w_smem, full, empty)
     warpgroup = lax.axis_index("warpgroup")
-    walk = Walk.of(plan, tiles)
+    walk = Walk.of(plan, WindowSchedule(*windows))
 
     @pl.when(warpgroup == _PRODUCER)
     def produce():
       plgpu.set_max_registers(registers.producer, action="decrease")
-      slices = None if slice_index is None else tiles[5]
-      sources = Sources(x, w, ids, slices, extra)
+      sources = Sources(x, w, ids, index[0] if index else None, extra)
+      ring = Stages(x_smem, w_smem, full, empty)
       Loader(plan, epilogue, rows, walk, sources, ring).load_tiles()
 
     @pl.when(warpgroup != _PRODUCER)
@@ -127,7 +124,7 @@ def multiply(
           row=now.first + part,
           begin=jnp.clip(now.begin - part, 0, plan.part_m),
           end=jnp.clip(now.end - part, 0, plan.part_m),
-          index_m=index_m + walk.block,
+          index_m=index_m + walk.block_index,
           index_n=index_n,
           part=part,
           consumer=warpgroup,
@@ -257,6 +254,6 @@ def multiply(
       approx_math=epilogue.approximates,
     ),
   )
-  outs = kernel(x, w, routing.scattered_ids, *schedule, *operands)
+  outs = kernel(x, w, routing.scattered_ids, *schedule, *slices, *operands)
   # plgpu.kernel forgets over which mesh axes its results differ.
   return vary_over(outs, varying_axes(x, w, routing, operands))

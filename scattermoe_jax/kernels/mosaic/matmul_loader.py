@@ -38,7 +38,8 @@ class Sources(NamedTuple):
   Attributes:
     x: the rows.
     w: the matrices.
-    ids: the row of x at each position, if rows are gathered.
+    ids: the scattered row at each position, which names a row of x if rows are
+      gathered.
     slice_index: which slice of w is multiplied, one number; None if all of it.
     extra: what the epilogue reads.
   """
@@ -50,8 +51,8 @@ class Sources(NamedTuple):
   extra: Any
 
 
-class Ring(NamedTuple):
-  """Stages in shared memory, and who may touch them.
+class Stages(NamedTuple):
+  """The ring of stages in shared memory, and who may touch them.
 
   Attributes:
     x: of rows.
@@ -71,18 +72,18 @@ def arrivals(plan: Plan, rows: Any) -> int:
   return plan.halves + (1 if plan.grouped_in else rows.arrivals)
 
 
-def steps_in_turn(plan: Plan, epilogue: Any) -> int:
-  """Returns how many steps one turn of the loop over them loads.
+def steps_at_once(plan: Plan, epilogue: Any) -> int:
+  """Returns how many steps the loader takes in one turn of its loop.
 
-  Of large matrices a turn of the ring: its stages are constants then, and where
-  a gathered row begins serves all of them. Where tiles are short, what that
-  takes to begin with is not earned back, and each step is a turn.
+  Where blocks load in pairs as many as there are stages, if those of a tile are
+  a multiple: the stages are constants then, and where a gathered row begins
+  serves all of them. Where blocks load alone that was slower.
   """
-  stages = plan.config.num_stages
+  num_stages = plan.config.num_stages
   # The steps of a tile, the stages after them, and the steps between reports.
   counts = (plan.steps, epilogue.num_loads(plan), pace.STEPS)
-  fill_the_ring = all(count % stages == 0 for count in counts)
-  return stages if plan.cluster > 1 and fill_the_ring else 1
+  fill_the_ring = all(count % num_stages == 0 for count in counts)
+  return num_stages if plan.cluster > 1 and fill_the_ring else 1
 
 
 class Loader:
@@ -95,7 +96,7 @@ class Loader:
     rows: Any,
     walk: Walk,
     sources: Sources,
-    ring: Ring,
+    stages: Stages,
   ):
     """Makes the loader of one block.
 
@@ -105,12 +106,12 @@ class Loader:
       rows: how rows are gathered: a `gather.RowCopies` or the like of it.
       walk: the block's tiles.
       sources: from where.
-      ring: where to.
+      stages: where to.
     """
     self.plan, self.epilogue, self.rows = plan, epilogue, rows
-    self.walk, self.sources, self.ring = walk, sources, ring
-    self.stages = plan.config.num_stages
-    self.in_turn = steps_in_turn(plan, epilogue)
+    self.walk, self.sources, self.stages = walk, sources, stages
+    self.num_stages = plan.config.num_stages
+    self.at_once = steps_at_once(plan, epilogue)
     index = sources.slice_index
     self.shift = None if index is None else index[0] * plan.d_out
     self.pace = pace.Pace.of(plan.config.num_sms, plan.steps)
@@ -126,8 +127,8 @@ class Loader:
 
     # Wait for the last release of every stage: a barrier may not go while
     # someone is about to arrive at it.
-    for slot in range(self.stages):
-      plgpu.barrier_wait(self.ring.empty.at[slot])
+    for slot in range(self.num_stages):
+      plgpu.barrier_wait(self.stages.empty.at[slot])
 
   def _look_up(self, tile: Entry):
     if self.plan.grouped_in:
@@ -146,24 +147,26 @@ class Loader:
     if self.pace is not None:
       pl.when(all_have_one & (num_steps == 0))(self.pace.skip)
 
-    def load_turn(i, carry):
+    def load_steps(i, carry):
       step, previous = carry
       slots, last = self._slots(step, previous)
-      k = i * self.in_turn
+      k = i * self.at_once
       if self.pace is not None:
         pl.when(all_have_one)(lambda: self.pace.keep(t, k))
-      for more, slot in enumerate(slots):
-        plgpu.barrier_wait(self.ring.empty.at[slot])
-        self._load_w(now, index_n, k + more, slot)
-        self._load_x(first, my_ids, k, more, slot)
-        if more:
-          self._announce(slots[more - 1], _IN_FLIGHT)
+      for ahead, slot in enumerate(slots):
+        plgpu.barrier_wait(self.stages.empty.at[slot])
+        self._load_w(now, index_n, k + ahead, slot)
+        self._load_x(first, my_ids, k, ahead, slot)
+        if self.plan.grouped_in:
+          continue
+        if ahead:
+          self._announce(slots[ahead - 1], _IN_FLIGHT)
         else:
           pl.when(previous >= 0)(lambda: self._announce(last, _IN_FLIGHT))
-      return step + self.in_turn, jnp.int32(slot)
+      return step + self.at_once, jnp.int32(slots[-1])
 
     step, previous = lax.fori_loop(
-      0, num_steps // self.in_turn, load_turn, (step, previous)
+      0, num_steps // self.at_once, load_steps, (step, previous)
     )
     if self.epilogue.num_loads(self.plan):
       step = self._load_for_epilogue(step, previous, first, index_n)
@@ -171,13 +174,16 @@ class Loader:
     return step, previous, soon, next_ids, later
 
   def _slots(self, step, previous) -> tuple[Sequence[Any], Any]:
-    """Returns the stages of a turn, and that of the step before it."""
-    if self.in_turn == 1:
-      return [lt.rem(step, self.stages)], jnp.maximum(previous, 0)
-    return range(self.stages), self.stages - 1
+    """Returns the stages of a turn of the loop, and the one before them.
+
+    That is one to announce if `previous`, its number as carried, is not -1.
+    """
+    if self.at_once == 1:
+      return [lt.rem(step, self.num_stages)], jnp.maximum(previous, 0)
+    return range(self.num_stages), self.num_stages - 1
 
   def _load_w(self, now: Entry, index_n, k, slot) -> None:
-    plan, w, ring = self.plan, self.sources.w, self.ring
+    plan, w, stages = self.plan, self.sources.w, self.stages
     column = k * plan.config.block_k
 
     def load(together=None):
@@ -185,8 +191,8 @@ class Loader:
         source = slice_of_w(plan, now.expert, column, index_n, half, self.shift)
         plgpu.copy_gmem_to_smem(
           w.at[source],
-          ring.w.at[slot, half],
-          ring.full.at[slot],
+          stages.w.at[slot, half],
+          stages.full.at[slot],
           collective_axes=together,
         )
 
@@ -197,37 +203,41 @@ class Loader:
       pl.when(now.is_shared)(lambda: load("block"))
       pl.when(jnp.logical_not(now.is_shared))(load)
 
-  def _load_x(self, first, my_ids, k, more: int, slot) -> None:
-    """Loads the rows of step k + `more`."""
-    config, x, ring = self.plan.config, self.sources.x, self.ring
-    target, full = ring.x.at[slot], ring.full.at[slot]
+  def _load_x(self, first, my_ids, k, ahead: int, slot) -> None:
+    """Loads the rows of step k + `ahead`; all of one k share addresses."""
+    config, x = self.plan.config, self.sources.x
+    target, full = self.stages.x.at[slot], self.stages.full.at[slot]
     if self.plan.grouped_in:
-      column = (k + more) * config.block_k
+      column = (k + ahead) * config.block_k
       source = pl.ds(first, config.block_m), pl.ds(column, config.block_k)
       plgpu.copy_gmem_to_smem(x.at[source], target, full)
     else:
-      column = k * config.block_k
-      more *= config.block_k
-      self.rows.load(x, target, my_ids, column, full, more=more)
+      column, offset = k * config.block_k, ahead * config.block_k
+      self.rows.load(x, target, my_ids, column, full, offset=offset)
 
   def _announce(self, slot, in_flight: int) -> None:
-    """Says that gathered rows are there, all but those of the last steps."""
-    if not self.plan.grouped_in:
-      self.rows.arrive(self.ring.full.at[slot], in_flight)
+    """Announces a stage of gathered rows, once they are there.
+
+    Args:
+      slot: the stage.
+      in_flight: how many later steps may still be on their way.
+    """
+    self.rows.arrive(self.stages.full.at[slot], in_flight)
 
   def _announce_last(self, previous) -> None:
-    last = jnp.maximum(previous, 0)
-    pl.when(previous >= 0)(lambda: self._announce(last, 0))
+    if not self.plan.grouped_in:
+      last = jnp.maximum(previous, 0)
+      pl.when(previous >= 0)(lambda: self._announce(last, 0))
 
   def _load_for_epilogue(self, step, previous, first, index_n):
     """Fills a stage for each chunk of columns that the epilogue reads."""
     self._announce_last(previous)
 
     def load_chunk(j, step):
-      slot = lt.rem(step, self.stages)
-      plgpu.barrier_wait(self.ring.empty.at[slot])
-      full = self.ring.full.at[slot]
-      stage = self.ring.x.at[slot], self.ring.w.at[slot, 0]
+      slot = lt.rem(step, self.num_stages)
+      plgpu.barrier_wait(self.stages.empty.at[slot])
+      full = self.stages.full.at[slot]
+      stage = self.stages.x.at[slot], self.stages.w.at[slot, 0]
       copies = self.epilogue.load(
         self.plan, j, first, index_n, self.sources.extra, stage, full
       )

@@ -1,7 +1,6 @@
-"""How a grouped matmul is cut: the plan of a launch, and one of its tiles."""
+"""How a grouped matmul is cut: a launch, a block's tiles, and one of them."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jaxtyping import Array
 
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.mosaic import layouts as lt
-from scattermoe_jax.kernels.schedule import max_windows
+from scattermoe_jax.kernels.schedule import WindowSchedule, max_windows
 
 # Warpgroups that multiply; each holds its part of a tile's rows.
 CONSUMERS = 2
@@ -152,38 +151,46 @@ class Walk(NamedTuple):
 
   Attributes:
     plan: the launch.
-    schedule: of the launch's windows, in global memory.
-    cluster: which of the clusters the block is of.
-    block: which of its blocks it is.
+    schedule: the launch's windows, in global memory.
+    cluster_index: which of the clusters the block is of.
+    block_index: which of its blocks it is.
     num_turns_m: rows of clusters of tiles.
     num_turns: clusters of tiles.
   """
 
   plan: Plan
-  schedule: Sequence[Any]
-  cluster: Array
-  block: Array
+  schedule: WindowSchedule
+  cluster_index: Array
+  block_index: Array
   num_turns_m: Array
   num_turns: Array
 
   @classmethod
-  def of(cls, plan: Plan, schedule: Sequence[Any]) -> "Walk":
+  def of(cls, plan: Plan, schedule: WindowSchedule) -> "Walk":
     """Returns the walk of the block that asks."""
-    cluster, block = lax.axis_index("cluster"), lax.axis_index("block")
     # A cluster takes as many row tiles at a time as it has blocks.
-    num_turns_m = lt.cdiv(schedule[4][plan.num_experts], plan.cluster)
+    num_turns_m = lt.cdiv(
+      schedule.group_windows[plan.num_experts], plan.cluster
+    )
     num_turns = num_turns_m * plan.num_tiles_n
-    return cls(plan, schedule, cluster, block, num_turns_m, num_turns)
+    return cls(
+      plan,
+      schedule,
+      lax.axis_index("cluster"),
+      lax.axis_index("block"),
+      num_turns_m,
+      num_turns,
+    )
 
   @property
   def num_tiles(self) -> Array:
     """How many tiles the block takes."""
     clusters = self._num_clusters
-    return (self.num_turns - self.cluster + clusters - 1) // clusters
+    return (self.num_turns - self.cluster_index + clusters - 1) // clusters
 
   def index_of(self, t) -> tuple[Array, Array]:
     """Returns (first row tile of the cluster's t-th turn, column tile)."""
-    turn = self.cluster + t * self._num_clusters
+    turn = self.cluster_index + t * self._num_clusters
     row, column = place_of_turn(self.plan, turn, self.num_turns_m)
     return row * self.plan.cluster, column
 
@@ -191,10 +198,9 @@ class Walk(NamedTuple):
     """Loads the t-th tile's row of the schedule; used a tile later."""
     last = self.plan.num_windows - self.plan.cluster
     index_m = jnp.clip(self.index_of(t)[0], 0, last)
-    experts = self.schedule[0]
-    expert, first, begin, end = (
-      ref[index_m + self.block] for ref in self.schedule[:4]
-    )
+    *fields, _ = self.schedule
+    expert, first, begin, end = (f[index_m + self.block_index] for f in fields)
+    experts = self.schedule.expert_ids
     top, bottom = experts[index_m], experts[index_m + self.plan.cluster - 1]
     return Entry(expert, first, begin, end, top, bottom)
 
