@@ -475,6 +475,25 @@ def test_refuses_tiles_that_would_wait_for_themselves():
     mosaic.scatter2scatter(x, w, routing, grouped_out=True, config=config)
 
 
+@needs_mosaic
+@pytest.mark.parametrize(
+  "name, words",
+  [
+    ("barrier_arrive", "its barrier_arrive takes no predicate"),
+    ("kernel", "its kernel takes no out_type"),
+  ],
+)
+def test_a_function_of_an_older_jax_is_a_reason(monkeypatch, name, words):
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  check = mosaic.missing_feature.__wrapped__
+  assert check() is None
+  monkeypatch.setattr(plgpu, name, lambda barrier: None)
+  assert check() == f"this JAX is too old for mosaic: {words}"
+  monkeypatch.delattr(plgpu, name)
+  assert check() == f"this JAX is too old for mosaic: {words}"
+
+
 def test_an_old_jax_is_a_reason_not_an_error():
   reason = mosaic.check(PROBLEM)
   assert reason is None or "this JAX" in reason

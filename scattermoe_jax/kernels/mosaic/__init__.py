@@ -58,11 +58,15 @@ def missing_feature() -> str | None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
   except Exception as error:
     return f"this JAX does not import Pallas Mosaic GPU ({error})"
-  for name in ("kernel", "inline_mgpu", "force_gpu_interpret_mode"):
+  # JAX 0.11.2 has them all.
+  for name in ("inline_mgpu", "force_gpu_interpret_mode"):
     if not hasattr(plgpu, name):
       return f"this JAX is too old for mosaic: Pallas has no {name}"
-  if "out_type" not in inspect.signature(plgpu.kernel).parameters:
-    return "this JAX is too old for mosaic: its kernels take no out_type"
+  arguments = (("kernel", "out_type"), ("barrier_arrive", "predicate"))
+  for name, argument in arguments:
+    function = getattr(plgpu, name, None)
+    if not function or argument not in inspect.signature(function).parameters:
+      return f"this JAX is too old for mosaic: its {name} takes no {argument}"
   return None
 
 
