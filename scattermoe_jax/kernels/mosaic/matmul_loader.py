@@ -123,7 +123,7 @@ class Loader:
     _, previous, *_ = lax.fori_loop(
       0, self.walk.num_tiles, self._load_tile, (*start, self.walk.entry(1))
     )
-    self._announce_last(previous)
+    self._announce_last(previous, in_flight=0)
 
     # Wait for the last release of every stage: a barrier may not go while
     # someone is about to arrive at it.
@@ -149,7 +149,7 @@ class Loader:
 
     def load_steps(i, carry):
       step, previous = carry
-      slots, last = self._slots(step, previous)
+      slots = self._slots(step)
       k = i * self.at_once
       if self.pace is not None:
         pl.when(all_have_one)(lambda: self.pace.keep(t, k))
@@ -157,12 +157,12 @@ class Loader:
         plgpu.barrier_wait(self.stages.empty.at[slot])
         self._load_w(now, index_n, k + ahead, slot)
         self._load_x(first, my_ids, k, ahead, slot)
-        if self.plan.grouped_in:
-          continue
-        if ahead:
-          self._announce(slots[ahead - 1], _IN_FLIGHT)
+        if ahead == 0:
+          # Where a turn fills the ring, that before ended with this stage.
+          last = None if self.at_once == 1 else slots[-1]
+          self._announce_last(previous, _IN_FLIGHT, last)
         else:
-          pl.when(previous >= 0)(lambda: self._announce(last, _IN_FLIGHT))
+          self._announce(slots[ahead - 1], _IN_FLIGHT)
       return step + self.at_once, jnp.int32(slots[-1])
 
     step, previous = lax.fori_loop(
@@ -173,14 +173,11 @@ class Loader:
       previous = jnp.int32(-1)
     return step, previous, soon, next_ids, later
 
-  def _slots(self, step, previous) -> tuple[Sequence[Any], Any]:
-    """Returns the stages of a turn of the loop, and the one before them.
-
-    That is one to announce if `previous`, its number as carried, is not -1.
-    """
+  def _slots(self, step) -> Sequence[Any]:
+    """Returns the stages of a turn of the loop that begins with a step."""
     if self.at_once == 1:
-      return [lt.rem(step, self.num_stages)], jnp.maximum(previous, 0)
-    return range(self.num_stages), self.num_stages - 1
+      return [lt.rem(step, self.num_stages)]
+    return range(self.num_stages)
 
   def _load_w(self, now: Entry, index_n, k, slot) -> None:
     plan, w, stages = self.plan, self.sources.w, self.stages
@@ -218,20 +215,29 @@ class Loader:
   def _announce(self, slot, in_flight: int) -> None:
     """Announces a stage of gathered rows, once they are there.
 
+    TMA announces its own.
+
     Args:
       slot: the stage.
       in_flight: how many later steps may still be on their way.
     """
-    self.rows.arrive(self.stages.full.at[slot], in_flight)
-
-  def _announce_last(self, previous) -> None:
     if not self.plan.grouped_in:
-      last = jnp.maximum(previous, 0)
-      pl.when(previous >= 0)(lambda: self._announce(last, 0))
+      self.rows.arrive(self.stages.full.at[slot], in_flight)
+
+  def _announce_last(self, previous, in_flight: int, slot=None) -> None:
+    """Announces the stage loaded last, if one waits for that.
+
+    Args:
+      previous: the stage, -1 if none waits.
+      in_flight: as of `_announce`.
+      slot: the stage as a constant, if it is known.
+    """
+    slot = jnp.maximum(previous, 0) if slot is None else slot
+    pl.when(previous >= 0)(lambda: self._announce(slot, in_flight))
 
   def _load_for_epilogue(self, step, previous, first, index_n):
     """Fills a stage for each chunk of columns that the epilogue reads."""
-    self._announce_last(previous)
+    self._announce_last(previous, in_flight=0)
 
     def load_chunk(j, step):
       slot = lt.rem(step, self.num_stages)
