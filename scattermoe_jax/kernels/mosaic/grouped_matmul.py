@@ -47,6 +47,7 @@ from scattermoe_jax.kernels.mosaic.matmul_tiles import (
   Tile,
   Walk,
 )
+from scattermoe_jax.kernels.mosaic.pieces import store_between
 from scattermoe_jax.kernels.schedule import WindowSchedule, window_schedule
 from scattermoe_jax.routing import Routing
 
@@ -131,14 +132,14 @@ def multiply(
         )
 
       def products(expert, step, pieces=()):
-        """Returns a tile's sums; calls `pieces` between its products."""
+        """Returns a tile's sums; stores `pieces` between its products."""
         steps_here = walk.num_steps(expert)
-        in_turn = max(-(-len(pieces) // plan.steps), 1)
+        at_once = max(lt.cdiv(len(pieces), plan.steps), 1)
 
         @pl.when(steps_here == 0)
         def _():
-          for call in pieces:
-            call()
+          for store in pieces:
+            store()
 
         def accumulate(*accs):
           def multiply_step(k, carry):
@@ -154,8 +155,7 @@ def multiply(
             # The step before this one is done: its stage can be refilled.
             plgpu.wgmma_wait(plan.halves)
             plgpu.barrier_arrive(empty.at[before], predicate=k > 0)
-            for j, call in enumerate(pieces):
-              pl.when(k == j // in_turn)(call)
+            store_between(pieces, k, at_once=at_once)
             return step + 1, slot
 
           _, last = lax.fori_loop(

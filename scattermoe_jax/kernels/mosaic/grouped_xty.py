@@ -37,6 +37,7 @@ from scattermoe_jax.kernels.contract import Problem
 from scattermoe_jax.kernels.mosaic import clusters, tickets, warpgroup_ops
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic.partial_sums import PartialSums, workspace
+from scattermoe_jax.kernels.mosaic.pieces import store_between
 from scattermoe_jax.kernels.mosaic.xty_tiles import (
   LEFT_EACH,
   MULTIPLIERS,
@@ -325,9 +326,7 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
         # One product in flight: the one before is done, its slot free.
         plgpu.wgmma_wait(1)
         plgpu.barrier_arrive(empty.at[before], predicate=k > 0)
-        turn = jnp.where(in_turn, k, len(pieces))
-        for j, store in enumerate(pieces):
-          pl.when(turn == j)(store)
+        store_between(pieces, jnp.where(in_turn, k, len(pieces)))
         return step + 1, slot
 
       _, last = lax.fori_loop(
