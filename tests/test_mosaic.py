@@ -147,14 +147,18 @@ def test_fused_forms_interpreted_without_races(gated):
 
 
 def noted_launches(monkeypatch) -> list:
-  """Returns what grows by each launch: blocks of a cluster, steps at once."""
+  """Returns what grows by each launch, how it loads.
+
+  Blocks of a cluster, steps at once, and whether their stages are constants.
+  """
   from scattermoe_jax.kernels.mosaic import matmul_loader
 
   launched = []
   load_tiles = matmul_loader.Loader.load_tiles
 
   def noted(loader):
-    launched.append((loader.plan.cluster, loader.at_once))
+    how = loader.plan.cluster, loader.at_once, loader.slots_are_constants
+    launched.append(how)
     load_tiles(loader)
 
   monkeypatch.setattr(matmul_loader.Loader, "load_tiles", noted)
@@ -163,18 +167,22 @@ def noted_launches(monkeypatch) -> list:
 
 @needs_mosaic
 @pytest.mark.parametrize(
-  "name, at_once",
+  "name, steps, at_once",
   [
-    ("scatter2scatter", 1),
-    # A turn of the ring at a time.
-    ("scatter2scatter", 4),
-    pytest.param("up_projection", 1, marks=pytest.mark.slow),
-    pytest.param("up_projection", 4, marks=pytest.mark.slow),
-    pytest.param("down_projection_grad", 1, marks=pytest.mark.slow),
-    pytest.param("down_projection_grad", 4, marks=pytest.mark.slow),
+    pytest.param("scatter2scatter", 7, 1, marks=pytest.mark.slow),
+    # Whole turns of the ring of four stages.
+    ("scatter2scatter", 8, 4),
+    # Turns that begin with another stage each.
+    ("scatter2scatter", 5, 5),
+    pytest.param("up_projection", 7, 1, marks=pytest.mark.slow),
+    pytest.param("up_projection", 8, 4, marks=pytest.mark.slow),
+    pytest.param("up_projection", 6, 3, marks=pytest.mark.slow),
+    pytest.param("down_projection_grad", 7, 1, marks=pytest.mark.slow),
+    pytest.param("down_projection_grad", 4, 4, marks=pytest.mark.slow),
+    pytest.param("down_projection_grad", 3, 3, marks=pytest.mark.slow),
   ],
 )
-def test_clusters_interpreted_without_races(monkeypatch, name, at_once):
+def test_clusters_interpreted_without_races(monkeypatch, name, steps, at_once):
   from scattermoe_jax.kernels.mosaic import matmul_tiles
   from tests.interpreted_mosaic import SMALL, mosaic_interpreted
 
@@ -189,20 +197,16 @@ def test_clusters_interpreted_without_races(monkeypatch, name, at_once):
   assert windows.expert_ids[:8].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
   assert windows.ends[:8].tolist() == [128, 128, 44, 128, 76, 0, 116, 0]
   silu = get_activation("silu", gated=True)
-  width, config = 64 * at_once, SMALL
-  if at_once > 1:
-    config = dataclasses.replace(SMALL, num_stages=at_once)
-  # A tile of the first two takes two turns of the loader's loop.
+  width, config = 64 * steps, dataclasses.replace(SMALL, num_stages=4)
   if name == "scatter2scatter":
-    args = (normal(rng, ids.size, 2 * width), normal(rng, 2, 128, 2 * width))
+    args = normal(rng, ids.size, width), normal(rng, 2, 128, width)
     options = dict(grouped_in=True, grouped_out=True, transpose_w=True)
   elif name == "up_projection":
-    x = normal(rng, ids.shape[0], 2 * width)
-    args = (x, normal(rng, 2, 2 * width, 256))
+    args = normal(rng, ids.shape[0], width), normal(rng, 2, width, 256)
     options = dict(bias=normal(rng, 2, 256), activation=silu, keep_h=True)
   else:
-    if at_once > 1:  # As many chunks of h as stages.
-      config = dataclasses.replace(config, block_n=64 * at_once)
+    if at_once == 4:  # As many chunks of h as stages.
+      config = dataclasses.replace(config, block_n=256)
     x, h = (
       normal(rng, ids.shape[0], width),
       normal(rng, ids.size, 2 * config.block_n),
@@ -212,27 +216,27 @@ def test_clusters_interpreted_without_races(monkeypatch, name, at_once):
     options = dict(activation=silu)
   backend = mosaic_interpreted(config, detect_races=True)
   got = getattr(backend, name)(*args, routing, **options)
-  assert set(launched) == {(2, at_once)}
+  assert set(launched) == {(2, at_once, at_once == 4)}
   assert_equals_xla(name, got, *args, routing, **options)
 
 
 @needs_mosaic
 @pytest.mark.parametrize(
-  "steps, num_stages, d_out, loads, at_once",
+  "steps, num_stages, d_out, loads, at_once, constants",
   [
-    (64, 4, 2048, 0, 4),
-    (64, 4, 2048, 4, 4),
-    (45, 4, 2880, 0, 1),
+    (64, 4, 2048, 0, 4, True),
+    (64, 4, 2048, 4, 4, True),
+    (45, 4, 2880, 0, 5, False),
+    (47, 4, 2880, 0, 1, False),
+    (64, 2, 2048, 4, 2, True),
     # A small matrix, whose blocks load alone.
-    (64, 4, 256, 0, 1),
-    # The next tile would begin in the middle of the ring.
-    (64, 4, 2048, 2, 1),
-    # Step 32, at which a report is due, would begin no turn.
-    (48, 3, 2048, 0, 1),
+    (64, 4, 256, 0, 1, False),
+    # The next tile begins in the middle of the ring.
+    (64, 4, 2048, 2, 4, False),
   ],
 )
-def test_the_loader_takes_whole_turns_of_the_ring(
-  steps, num_stages, d_out, loads, at_once
+def test_the_loader_takes_several_steps_at_once(
+  steps, num_stages, d_out, loads, at_once, constants
 ):
   from scattermoe_jax.kernels.mosaic import epilogues, matmul_loader
   from scattermoe_jax.kernels.mosaic.matmul_tiles import Plan
@@ -245,7 +249,18 @@ def test_the_loader_takes_whole_turns_of_the_ring(
     silu, h = get_activation("silu", gated=True), jnp.zeros((8, 128))
     epilogue = epilogues.Differentiate(silu, h, jnp.zeros(8))
   assert epilogue.num_loads(plan) == loads
-  assert matmul_loader.steps_at_once(plan, epilogue) == at_once
+  assert matmul_loader.steps_at_once(plan) == at_once
+  assert matmul_loader.turns_fill_the_ring(plan, epilogue) == constants
+
+
+@needs_mosaic
+@pytest.mark.parametrize("at_once", [1, 3, 4, 5])
+def test_a_report_is_due_at_no_step_that_may_not_be(at_once):
+  from scattermoe_jax.kernels.mosaic import pace
+
+  due = {k % at_once for k in range(0, 20 * pace.STEPS, pace.STEPS)}
+  may_be = {k for k in range(at_once) if pace.may_be_due(k, at_once)}
+  assert may_be == due
 
 
 LOWERED = {

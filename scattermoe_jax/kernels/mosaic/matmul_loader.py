@@ -11,6 +11,7 @@ TMA announces its own.
                       full 1            copy 3 ...
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -72,18 +73,23 @@ def arrivals(plan: Plan, rows: Any) -> int:
   return plan.halves + (1 if plan.grouped_in else rows.arrivals)
 
 
-def steps_at_once(plan: Plan, epilogue: Any) -> int:
+def steps_at_once(plan: Plan) -> int:
   """Returns how many steps the loader takes in one turn of its loop.
 
-  Where blocks load in pairs as many as there are stages, if those of a tile are
-  a multiple: the stages are constants then, and where a gathered row begins
-  serves all of them. Where blocks load alone that was slower.
+  Where blocks load in pairs a divisor of a tile's steps, as many as there are
+  stages if that is one: where a gathered row begins serves all of them. Where
+  blocks load alone that was slower.
   """
-  num_stages = plan.config.num_stages
-  # The steps of a tile, the stages after them, and the steps between reports.
-  counts = (plan.steps, epilogue.num_loads(plan), pace.STEPS)
-  fill_the_ring = all(count % num_stages == 0 for count in counts)
-  return num_stages if plan.cluster > 1 and fill_the_ring else 1
+  if plan.cluster == 1:
+    return 1
+  candidates = plan.config.num_stages, 5, 4, 3, 2, 1
+  return next(count for count in candidates if plan.steps % count == 0)
+
+
+def turns_fill_the_ring(plan: Plan, epilogue: Any) -> bool:
+  """Returns whether each turn of the loop begins with the first stage."""
+  counts = steps_at_once(plan), epilogue.num_loads(plan)
+  return counts[0] > 1 and all(n % plan.config.num_stages == 0 for n in counts)
 
 
 class Loader:
@@ -111,7 +117,8 @@ class Loader:
     self.plan, self.epilogue, self.rows = plan, epilogue, rows
     self.walk, self.sources, self.stages = walk, sources, stages
     self.num_stages = plan.config.num_stages
-    self.at_once = steps_at_once(plan, epilogue)
+    self.at_once = steps_at_once(plan)
+    self.slots_are_constants = turns_fill_the_ring(plan, epilogue)
     index = sources.slice_index
     self.shift = None if index is None else index[0] * plan.d_out
     self.pace = pace.Pace.of(plan.config.num_sms, plan.steps)
@@ -151,15 +158,15 @@ class Loader:
       step, previous = carry
       slots = self._slots(step)
       k = i * self.at_once
-      if self.pace is not None:
-        pl.when(all_have_one)(lambda: self.pace.keep(t, k))
       for ahead, slot in enumerate(slots):
+        if self.pace is not None and pace.may_be_due(ahead, self.at_once):
+          report = functools.partial(self.pace.keep, t, k + ahead)
+          pl.when(all_have_one)(report)
         plgpu.barrier_wait(self.stages.empty.at[slot])
         self._load_w(now, index_n, k + ahead, slot)
         self._load_x(first, my_ids, k, ahead, slot)
         if ahead == 0:
-          # Where a turn fills the ring, that before ended with this stage.
-          last = None if self.at_once == 1 else slots[-1]
+          last = slots[-1] if self.slots_are_constants else None
           self._announce_last(previous, _IN_FLIGHT, last)
         else:
           self._announce(slots[ahead - 1], _IN_FLIGHT)
@@ -175,9 +182,10 @@ class Loader:
 
   def _slots(self, step) -> Sequence[Any]:
     """Returns the stages of a turn of the loop that begins with a step."""
-    if self.at_once == 1:
-      return [lt.rem(step, self.num_stages)]
-    return range(self.num_stages)
+    if self.slots_are_constants:
+      return [ahead % self.num_stages for ahead in range(self.at_once)]
+    steps = [step + ahead for ahead in range(self.at_once)]
+    return [lt.rem(step, self.num_stages) for step in steps]
 
   def _load_w(self, now: Entry, index_n, k, slot) -> None:
     plan, w, stages = self.plan, self.sources.w, self.stages

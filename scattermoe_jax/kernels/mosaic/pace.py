@@ -13,6 +13,8 @@ would never be: after some 50 microseconds a loader gives up, and with it all
 that run, for the rest of the launch. Which bits come out does not change.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -55,6 +57,11 @@ def reports_of_tile(steps: int) -> int:
 def reports_before(tile, step, steps: int):
   """Returns the reports of a block before step `step` of its `tile`-th tile."""
   return tile * reports_of_tile(steps) + step // STEPS
+
+
+def may_be_due(ahead: int, at_once: int) -> bool:
+  """Returns whether step k + ahead may be reported, k a multiple of at_once."""
+  return ahead % math.gcd(at_once, STEPS) == 0
 
 
 class Pace:
