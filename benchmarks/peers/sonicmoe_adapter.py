@@ -56,8 +56,8 @@ def build(shape, data, direction: str) -> Step:
       ActivationType.SWIGLU,
     )  # fmt: skip
 
-  step = torch_step.make_step(forward, [x, gates, w_in, w_out], dy, direction)
-  return step._replace(note=_NOTE)
+  given = [x, gates, w_in, w_out]
+  return torch_step.make_step(forward, given, dy, direction, note=_NOTE)
 
 
 def _prune_sums() -> None:

@@ -50,14 +50,18 @@ def to_torch(array):
   return torch.from_dlpack(jax.block_until_ready(array))
 
 
-def make_step(forward, given, dy, direction: str) -> Step:
-  """Returns a step of `forward()`.
+def make_step(forward, given, dy, direction: str, *, note: str = "") -> Step:
+  """Returns a step of `forward()`, a CUDA graph if it can be one.
+
+  XLA launches a whole step at once. A torch program that launches kernel by
+  kernel may be bound by its host, which a graph is not: it is the peer's best.
 
   Args:
     forward: returns y.
     given: the tensors whose gradients are wanted, x and the gates first.
     dy: the gradient of y.
     direction: "forward" or "forward+backward".
+    note: what a reader of the record should know.
   """
   import torch
 
@@ -67,17 +71,52 @@ def make_step(forward, given, dy, direction: str) -> Step:
   def step():
     if direction == "forward":
       with torch.no_grad():
-        return Results(forward())
+        return [forward()]
     y = forward()
-    return Results(y.detach(), *torch.autograd.grad(y, given, dy))
+    return [y.detach(), *torch.autograd.grad(y, given, dy)]
 
-  step().block_until_ready()
+  def call():
+    return Results(*step())
+
+  call().block_until_ready()
   torch.cuda.reset_peak_memory_stats()
   before = torch.cuda.memory_allocated()
-  step().block_until_ready()
+  call().block_until_ready()
   peak = torch.cuda.max_memory_allocated() - before
-  if direction == "forward":
-    return Step(step, peak)
-  y = forward()
-  held = torch.cuda.memory_allocated() - before - y.nbytes
-  return Step(step, peak, held)
+  held = None
+  if direction != "forward":
+    y = forward()
+    held = torch.cuda.memory_allocated() - before - y.nbytes
+    del y
+  try:
+    call, how = _captured(step), "replayed as a CUDA graph"
+  except RuntimeError as error:
+    how = f"launched by its host, for no CUDA graph takes it: {error}"
+    how = how.splitlines()[0]
+  return Step(call, peak, held, "; ".join(filter(None, [note, how])))
+
+
+def _captured(step):
+  """Returns a replay of the kernels of `step()`.
+
+  Raises:
+    RuntimeError: if they cannot be captured, such as where it waits for them.
+  """
+  import torch
+
+  # Warmed up on another stream than the default, as a capture asks.
+  stream = torch.cuda.Stream()
+  stream.wait_stream(torch.cuda.current_stream())
+  with torch.cuda.stream(stream):
+    step()
+  torch.cuda.synchronize()
+  graph = torch.cuda.CUDAGraph()
+  with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    results = step()
+
+  def replay():
+    graph.replay()
+    return Results(*results)
+
+  replay().block_until_ready()
+  return replay
