@@ -424,7 +424,17 @@ def test_blocks_that_keep_pace_are_right_on_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("not_here", [0.0, 0.3])
-@pytest.mark.parametrize("d, n, at_once", [(512, 256, 4), (576, 320, 1)])
+@pytest.mark.parametrize(
+  "d, n, at_once",
+  [
+    # Steps of all: 8.
+    (512, 256, (4, 4, 4)),
+    # 10, 11, 11.
+    (704, 320, (5, 1, 1)),
+    # 14, 9, 9.
+    (576, 448, (2, 3, 3)),
+  ],
+)
 def test_clusters_change_no_bit_on_gpu(monkeypatch, not_here, d, n, at_once):
   from scattermoe_jax.kernels.mosaic import matmul_tiles
 
@@ -447,14 +457,17 @@ def test_clusters_change_no_bit_on_gpu(monkeypatch, not_here, d, n, at_once):
   }
   here = np.asarray(routing.expert_ids) < E
   launched = noted_launches(monkeypatch)
-  for name, (args, options) in calls.items():
+  for (name, (args, options)), steps in zip(
+    calls.items(), at_once, strict=True
+  ):
     results = []
     for least in (0, 2**40):
       monkeypatch.setattr(matmul_tiles, "_LARGE_BYTES", least)
       jax.clear_caches()
       results.append(getattr(mosaic, name)(*args, **options))
     # The body of a kernel may be traced more than once.
-    assert [*dict.fromkeys(launched)] == [(2, at_once), (1, 1)], name
+    in_pairs, lone = (2, steps, steps == 4), (1, 1, False)
+    assert [*dict.fromkeys(launched)] == [in_pairs, lone], name
     launched.clear()
     for together, alone in zip(*map(jax.tree.leaves, results), strict=True):
       together, alone = (np.asarray(a)[here] for a in (together, alone))
