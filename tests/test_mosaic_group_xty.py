@@ -40,6 +40,12 @@ from scattermoe_jax.kernels.mosaic.xty_tiles import (
 
 ROWS = 64
 
+# A warpgroup that has read its last ticket does not wait for later ones.
+ends_before_a_barrier = pytest.mark.skipif(
+  jax.__version_info__ < (0, 12),
+  reason="this interpreter wants every phase of a barrier seen: use JAX 0.12",
+)
+
 
 class InterpretedOps:
   """The functions of `warpgroup_ops`, as plain loads and stores."""
@@ -227,6 +233,7 @@ def cut_to_steps(monkeypatch):
   monkeypatch.setattr(xty_tiles, "_LEAST_ROWS", ROWS)
 
 
+@ends_before_a_barrier
 @pytest.mark.parametrize("x_grouped", [False, True])
 def test_group_xty_adds_up_the_parts_of_a_long_group(monkeypatch, x_grouped):
   cut_to_steps(monkeypatch)
@@ -353,6 +360,7 @@ def test_even_groups_are_not_cut_to_take_two_turns():
   assert np.all(np.asarray(parts_of_groups(plan, routing).count)[:8] == 1)
 
 
+@ends_before_a_barrier
 @pytest.mark.timeout(200)  # Ends a deadlock.
 def test_group_xty_passes_many_experts_without_rows():
   # One block, more tiles in turn without rows than it may draw ahead.
