@@ -369,9 +369,11 @@ def test_blocks_keep_pace_where_a_tile_is_long(steps_missing, kept):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("n, shares", [(1024, True), (960, False)])
-def test_blocks_load_large_matrices_together(n, shares):
-  assert ("multicast" in lowered_product(2048, n)) == shares
+@pytest.mark.parametrize("n, cluster", [(1024, 2), (960, 1)])
+def test_blocks_load_large_matrices_together(monkeypatch, n, cluster):
+  launched = noted_launches(monkeypatch)
+  lowered_product(2048, n)
+  assert {blocks for blocks, *_ in launched} == {cluster}
 
 
 @needs_mosaic
