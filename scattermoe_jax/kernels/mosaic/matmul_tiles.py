@@ -214,7 +214,7 @@ class Walk(NamedTuple):
 
   @property
   def _num_clusters(self) -> int:
-    return self.plan.config.num_sms // self.plan.cluster
+    return lax.axis_size("cluster")
 
 
 def place_of_turn(plan: Plan, turn, num_turns_m):
