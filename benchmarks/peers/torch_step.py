@@ -21,7 +21,10 @@ class End:
 
 
 class Results:
-  """A torch step's results, which `jax.block_until_ready` knows to await."""
+  """A torch step's results, which `jax.block_until_ready` knows to await.
+
+  The next replay of a graph writes to the same tensors.
+  """
 
   def __init__(self, *tensors):
     self.tensors, self.end = tensors, End()
@@ -50,18 +53,21 @@ def to_torch(array):
   return torch.from_dlpack(jax.block_until_ready(array))
 
 
-def make_step(forward, given, dy, direction: str, *, note: str = "") -> Step:
-  """Returns a step of `forward()`, a CUDA graph if it can be one.
+def make_step(
+  forward, given, dy, direction: str, *, as_graph: bool = False
+) -> Step:
+  """Returns a step of `forward()`.
 
-  XLA launches a whole step at once. A torch program that launches kernel by
-  kernel may be bound by its host, which a graph is not: it is the peer's best.
+  Python dispatches a jitted step once. A torch program that launches kernel by
+  kernel may be bound by its host, which its CUDA graph is not.
 
   Args:
     forward: returns y.
     given: the tensors whose gradients are wanted, x and the gates first.
     dy: the gradient of y.
     direction: "forward" or "forward+backward".
-    note: what a reader of the record should know.
+    as_graph: whether to replay the kernels of a step. One that waits for its
+      own results cannot be captured: an error, after which torch is unusable.
   """
   import torch
 
@@ -88,19 +94,14 @@ def make_step(forward, given, dy, direction: str, *, note: str = "") -> Step:
     y = forward()
     held = torch.cuda.memory_allocated() - before - y.nbytes
     del y
-  try:
-    call, how = _captured(step), "replayed as a CUDA graph"
-  except RuntimeError as error:
-    how = f"launched by its host, for no CUDA graph takes it: {error}"
-    how = how.splitlines()[0]
-  return Step(call, peak, held, "; ".join(filter(None, [note, how])))
+  return Step(_replayed(step) if as_graph else call, peak, held)
 
 
-def _captured(step):
-  """Returns a replay of the kernels of `step()`.
+def _replayed(step):
+  """Returns a call that replays the kernels of `step()`, found complete.
 
   Raises:
-    RuntimeError: if they cannot be captured, such as where it waits for them.
+    RuntimeError: if they cannot be captured, or not all of them were.
   """
   import torch
 
@@ -108,15 +109,22 @@ def _captured(step):
   stream = torch.cuda.Stream()
   stream.wait_stream(torch.cuda.current_stream())
   with torch.cuda.stream(stream):
-    step()
+    right = step()
   torch.cuda.synchronize()
   graph = torch.cuda.CUDAGraph()
+  # Threads of JAX may allocate meanwhile.
   with torch.cuda.graph(graph, capture_error_mode="thread_local"):
     results = step()
 
-  def replay():
+  def replay(_inputs=step):  # What it reads, `step` alone keeps alive.
     graph.replay()
     return Results(*results)
 
+  for tensor in results:
+    tensor.zero_()
   replay().block_until_ready()
+  for got, expected in zip(results, right, strict=True):
+    error = (got - expected).float().norm() / expected.float().norm()
+    if not error < 1e-2:
+      raise RuntimeError(f"a replay is off by {error:.1e}: kernels are missing")
   return replay
