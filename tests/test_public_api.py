@@ -66,8 +66,7 @@ def exported(module):
 
 
 def test_the_package_exports_these_names():
-  assert exported(sm) == PUBLIC
-  assert PUBLIC <= set(dir(sm))
+  assert set(sm.__all__) == exported(sm) == PUBLIC
 
 
 def test_nn_exports_these_names():

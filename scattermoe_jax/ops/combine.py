@@ -20,7 +20,8 @@ def combine(
   Choices that are 'not here' add nothing, whatever y holds in their rows.
 
   Args:
-    y: rows in grouped order.
+    y: rows in grouped order, as `parallel_linear(..., grouped_out=True)` gives
+      them: rows in scattered order are as many, and would be taken for others.
     gates: the weight of each choice.
     routing: the routing.
 
@@ -31,7 +32,8 @@ def combine(
     ValueError: if y has not S rows or the gates are not (T, k).
     TypeError: if either is not of a floating-point dtype, or no array.
 
-  Residuals: y and gates as given, and the ids of `routing`.
+  Residuals: y (S, d) and gates (T, k) as given, and the ids of `routing`.
+  Source: ScatterMoE (Tan et al., 2024, arXiv 2403.08245), the weighed sum.
   """
   checks.check_arrays("combine", routing, y=y, gates=gates)
   checks.check_rows("combine", y, routing, grouped=True, name="y")
@@ -78,6 +80,7 @@ def _combine_fwd(y, gates, routing):
 
 
 def _combine_bwd(residuals, dout):
+  """Returns dy[row of (t, j)] = gates[t, j] dout[t] and <dout[t], y[row]>."""
   residuals, dout = first_derivative_only("combine", (residuals, dout))
   y, gates, routing = residuals
   wide = accumulator_dtype(y.dtype)

@@ -53,7 +53,7 @@ def parallel_linear(
     TypeError: if dtypes do, or what should be an array or a routing is none.
     NotImplementedError: if the named implementation cannot run it.
 
-  Residuals: x, w and the ids of `routing`.
+  Residuals: x and w as given, and the ids of `routing`.
   Source: ScatterMoE (Tan et al., 2024, arXiv 2403.08245), ParallelLinear.
 
   Example:
@@ -129,6 +129,11 @@ def _fwd(static, x, w, bias, routing):
 
 
 def _bwd(static, residuals, dy):
+  """Returns the gradients, each a product of scattered or grouped rows.
+
+  dx[t] = sum_j dy[row] w[e]^T     over the rows, and experts e, of t
+  dw[e] = x_e^T dy_e               dbias[e] = sum of dy_e, over the rows of e
+  """
   backend, grouped_in, grouped_out, precision = static
   residuals, dy = first_derivative_only("parallel_linear", (residuals, dy))
   x, w, bias, routing = residuals

@@ -48,7 +48,7 @@ def smoe_mlp(
 ) -> Float[Array, "T d"]:
   """Returns the weighed sum of each token's k experts, each a two-layer MLP.
 
-    h = x w_in[e] + bias_in[e]          a = f(h), or f(h_gate) h_up
+    h = x w_in[e] + bias_in[e]          a = f(h), or f(h_gate) h_up if m = 2n
     y[t] = sum_j gates[t, j] (a w_out[e] + bias_out[e])     e = expert j of t
 
   Args:
@@ -80,7 +80,8 @@ def smoe_mlp(
   `routing` and the weights. Neither the grouped x, nor a, nor any row of y is
   kept: x is gathered again, a recomputed from h, and the gate gradient is
   <dy w_out^T, a>. `jax.checkpoint` policies see h as "smoe_h".
-  Source: SonicMoE (Guo et al., 2025, arXiv 2512.14080), algorithms 2 and 3.
+  Source: ScatterMoE (Tan et al., 2024, arXiv 2403.08245), the SMoE MLP; what is
+  kept, SonicMoE (Guo et al., 2025, arXiv 2512.14080), algorithms 2 and 3.
   """
   checks.check_arrays(
     "smoe_mlp",
