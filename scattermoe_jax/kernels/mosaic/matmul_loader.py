@@ -76,9 +76,9 @@ def arrivals(plan: Plan, rows: Any) -> int:
 def steps_at_once(plan: Plan) -> int:
   """Returns how many steps the loader takes in one turn of its loop.
 
-  Where blocks load in pairs a divisor of a tile's steps, as many as there are
-  stages if that is one: where a gathered row begins serves all of them. Where
-  blocks load alone that was slower.
+  Where blocks load in pairs as many as there are stages, if they divide a
+  tile's steps, else the most of up to five that do: where a gathered row begins
+  serves all of them. Where blocks load alone that was mostly slower.
   """
   if plan.cluster == 1:
     return 1
@@ -89,7 +89,7 @@ def steps_at_once(plan: Plan) -> int:
 def turns_fill_the_ring(plan: Plan, epilogue: Any) -> bool:
   """Returns whether each turn of the loop begins with the first stage."""
   counts = steps_at_once(plan), epilogue.num_loads(plan)
-  return counts[0] > 1 and all(n % plan.config.num_stages == 0 for n in counts)
+  return all(count % plan.config.num_stages == 0 for count in counts)
 
 
 class Loader:
@@ -166,6 +166,7 @@ class Loader:
         self._load_w(now, index_n, k + ahead, slot)
         self._load_x(first, my_ids, k, ahead, slot)
         if ahead == 0:
+          # Where turns fill the ring, the one before ended with this stage.
           last = slots[-1] if self.slots_are_constants else None
           self._announce_last(previous, _IN_FLIGHT, last)
         else:

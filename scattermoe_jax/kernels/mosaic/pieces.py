@@ -20,6 +20,8 @@ def store_between(
     step: of the next tile, counted from 0.
     at_once: how many pieces leave at a step.
   """
+  if not pieces:
+    return
 
   @pl.when(step < lt.cdiv(len(pieces), at_once))  # One branch at most steps.
   def _():
