@@ -221,6 +221,39 @@ def test_clusters_interpreted_without_races(monkeypatch, name, steps, at_once):
 
 
 @needs_mosaic
+def test_a_turn_of_gathered_rows_interpreted(monkeypatch):
+  from scattermoe_jax.kernels.mosaic import matmul_tiles, pace
+  from tests.interpreted_mosaic import NoPace, mosaic_interpreted
+
+  monkeypatch.setattr(matmul_tiles, "_LARGE_BYTES", 0)
+  monkeypatch.setattr(pace, "STEPS", 1)
+  monkeypatch.setattr(NoPace, "kept", [])
+  launched = noted_launches(monkeypatch)
+  rng = np.random.default_rng(0)
+  ids = rng.permuted(np.tile(np.arange(2, dtype=np.int32), (256, 1)), axis=1)
+  # Three steps in a turn of a loop over a ring of as many stages.
+  args = (normal(rng, 256, 192), normal(rng, 2, 192, 128))
+  args, layout = (*args, route(jnp.asarray(ids), 2)), dict(grouped_out=True)
+  got = mosaic_interpreted().scatter2scatter(*args, **layout)
+  assert set(launched) == {(2, 3, True)}
+  assert_equals_xla("scatter2scatter", got, *args, **layout)
+  # A report is due at each of the three, and where a tile has no step.
+  assert NoPace.kept.count("wait") == 3 * len(launched)
+  assert NoPace.kept.count("report") == 4 * len(launched)
+
+
+@needs_mosaic
+def test_more_pieces_than_steps_interpreted():
+  from tests.interpreted_mosaic import mosaic_interpreted
+
+  routing, rng = routing_and_rng()
+  # Both pieces of a tile leave at the only step of the next.
+  args = (normal(rng, NUM_TOKENS, 64), normal(rng, NUM_EXPERTS, 64, N))
+  got = mosaic_interpreted().scatter2scatter(*args, routing, grouped_out=True)
+  assert_equals_xla("scatter2scatter", got, *args, routing, grouped_out=True)
+
+
+@needs_mosaic
 @pytest.mark.parametrize(
   "steps, num_stages, d_out, loads, at_once, constants",
   [
@@ -228,7 +261,9 @@ def test_clusters_interpreted_without_races(monkeypatch, name, steps, at_once):
     (64, 4, 2048, 4, 4, True),
     (45, 4, 2880, 0, 5, False),
     (47, 4, 2880, 0, 1, False),
-    (64, 2, 2048, 4, 2, True),
+    (48, 3, 2048, 0, 3, True),
+    # More steps than stages.
+    (44, 3, 2048, 0, 4, False),
     # A small matrix, whose blocks load alone.
     (64, 4, 256, 0, 1, False),
     # The next tile begins in the middle of the ring.
