@@ -4,11 +4,11 @@ On a CPU, against `jax.lax.ragged_dot`, whose lowering outside TPUs multiplies
 every row by every expert. Same rows, same routing, float32, seeded normal
 inputs; even and skewed groups; forward, and forward with both gradients.
 
-  python -m benchmarks.bench_cpu
+  python -m benchmarks.bench_cpu [--write]
 
-Times are printed and stored only after both results passed the tolerance rule
-of the tests against NumPy in float64. It fails if the promise, 8 times faster
-in at most an eighth of the temporary memory, is broken.
+Times are printed, and with --write stored, only after both results passed the
+tolerance rule of the tests against NumPy in float64. It fails if the promise, 8
+times faster in at most an eighth of the temporary memory, is broken.
 """
 
 import argparse
@@ -32,19 +32,21 @@ PROMISE = 8.0
 
 
 def main() -> None:
-  """Checks, measures, prints and stores; raises if the promise is broken."""
+  """Checks, measures and prints; raises if the promise is broken."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--samples", type=int, default=20)
-  samples = parser.parse_args().samples
+  parser.add_argument("--write", action="store_true")
+  options = parser.parse_args()
   records = []
   for groups in ("even", "skewed"):
     for direction in ("forward", "forward+backward"):
-      records.append(measure(groups, direction, samples))
-      timing.merge_records(
-        timing.results_path("bench_cpu", "cpu"),
-        records[-1:],
-        key=("groups", "direction"),
-      )
+      records.append(measure(groups, direction, options.samples))
+      if options.write:
+        timing.merge_records(
+          timing.results_path("bench_cpu", "cpu"),
+          records[-1:],
+          key=("groups", "direction"),
+        )
   for record in records:
     assert record["times_faster"] >= PROMISE, record
     assert record["temp_ratio"] <= 1 / PROMISE, record
