@@ -73,7 +73,9 @@ def route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
   """Returns the routing of T tokens to k experts each, by a stable sort.
 
   Args:
-    expert_ids: the experts of each token; outside [0, E) for 'not here'.
+    expert_ids: the experts of each token; outside [0, E) for 'not here', so
+      that ids counted from 1 lose an expert without a word: where none is
+      meant, `checkify.check(jnp.all(ids < E), "ids")` finds them under `jit`.
     num_experts: E.
 
   Returns:

@@ -70,7 +70,7 @@ def check_weights(
   if shape[0] != routing.num_experts:
     raise ValueError(
       f"{function}: {name} has {shape[0]} experts, the routing "
-      f"{routing.num_experts}."
+      f"{routing.num_experts}; make it by route(ids, num_experts={shape[0]})."
     )
   if d_in is not None and shape[1] != d_in:
     raise ValueError(
