@@ -6,6 +6,8 @@
   python -m scattermoe_jax.models.train --resume runs/NAME after a kill
   python -m scattermoe_jax.models.train --mesh data=2,expert=4    on 8 devices
 
+It needs more than the library: pip install 'scattermoe-jax[train]'.
+
 The dense twin has as many active parameters (what one token meets), the same
 batches and as many steps: the difference is what the experts bring.
 
