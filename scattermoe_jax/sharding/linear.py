@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from scattermoe_jax import ops
 from scattermoe_jax._compat import vary_over
+from scattermoe_jax.ops import checks
 from scattermoe_jax.routing import route_local
 from scattermoe_jax.sharding import local
 from scattermoe_jax.sharding.axes import (
@@ -17,6 +18,7 @@ from scattermoe_jax.sharding.axes import (
   num_devices,
   run_on_mesh,
 )
+from scattermoe_jax.sharding.checks import check_arrays
 
 
 def parallel_linear(
@@ -53,12 +55,17 @@ def parallel_linear(
     (S, n), scattered.
 
   Raises:
-    ValueError: if the mesh lacks an axis, or an axis does not divide what it
-      splits.
+    ValueError: if shapes disagree, the mesh lacks an axis, an axis does not
+      divide what it splits, or an option asks for grouped order.
+    TypeError: if dtypes disagree, or what should be an array is none.
   """
   mesh = context_mesh(mesh)
   axes = axes_of(axes, mesh)
-  num_experts, num_tokens = w.shape[0], expert_ids.shape[0]
+  name, num_experts = "parallel_linear", len(w)
+  routing = check_arrays(name, expert_ids, num_experts, x=x, w=w, bias=bias)
+  checks.check_rows(name, x, routing, grouped=False)
+  checks.check_weights(name, "w", w, routing)
+  _check_scattered(**options)
   run = functools.partial(_local, axes=axes, split=split, options=options)
   expert_ids = local.here_or_nowhere(expert_ids, num_experts)
   if not axes.names:
@@ -66,14 +73,13 @@ def parallel_linear(
 
   columns = split == "columns"
   d_in, d_out = ("fsdp", "tensor") if columns else ("tensor", "fsdp")
-  name = "parallel_linear"
   check_divides(name, "num_experts", num_experts, axes.expert, mesh)
   check_divides(name, "d", w.shape[1], getattr(axes, d_in), mesh)
   check_divides(name, "n", w.shape[2], getattr(axes, d_out), mesh)
   shards = num_devices(axes.tokens, mesh)
+  num_tokens = routing.num_tokens
   padded = -(-num_tokens // shards) * shards
-  rows_per_token = x.shape[0] // num_tokens
-  top_k = expert_ids.shape[1]
+  rows_per_token = 1 if len(x) == num_tokens else routing.top_k
   y = run_on_mesh(
     run,
     mesh,
@@ -91,7 +97,7 @@ def parallel_linear(
       bias,
     ),
   )
-  return local.unpad_tokens(y, num_tokens * top_k, mesh)
+  return local.unpad_tokens(y, routing.num_rows, mesh)
 
 
 def _local(x, expert_ids, w, bias, *, axes, split, options):
@@ -111,3 +117,11 @@ def _local(x, expert_ids, w, bias, *, axes, split, options):
   )
   y = local.scatter_sum(y, axes.expert)
   return y if columns else local.add_up(y, axes.tensor)
+
+
+def _check_scattered(*, grouped_in=False, grouped_out=False, **_) -> None:
+  if grouped_in or grouped_out:
+    raise ValueError(
+      "parallel_linear: got grouped_in or grouped_out, and a mesh has no "
+      "grouped order; leave them out."
+    )

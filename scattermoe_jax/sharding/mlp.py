@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from scattermoe_jax import ops
 from scattermoe_jax._compat import current_device, vary_over
+from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.rows import repeat_tokens, sum_rows
 from scattermoe_jax.ops.transfer import plan_transfer, send_rows
 from scattermoe_jax.routing import route, route_local
@@ -22,6 +23,7 @@ from scattermoe_jax.sharding.axes import (
   num_devices,
   run_on_mesh,
 )
+from scattermoe_jax.sharding.checks import check_arrays
 
 
 def smoe_mlp(
@@ -60,13 +62,31 @@ def smoe_mlp(
     divide is padded with tokens that are 'not here'.
 
   Raises:
-    ValueError: if the mesh lacks an axis, or an axis does not divide what it
-      splits.
+    ValueError: if shapes disagree, the mesh lacks an axis, or an axis does not
+      divide what it splits.
+    TypeError: if dtypes disagree, or what should be an array is none.
     NotImplementedError: if the platform lacks `axes.exchange`.
   """
   mesh = context_mesh(mesh)
   axes = axes_of(axes, mesh)
-  num_experts, num_tokens = w_out.shape[0], x.shape[0]
+  num_experts = len(w_out)
+  routing = check_arrays(
+    "smoe_mlp",
+    expert_ids,
+    num_experts,
+    x=x,
+    gates=gates,
+    w_in=w_in,
+    w_out=w_out,
+    bias_in=bias_in,
+    bias_out=bias_out,
+  )
+  checks.check_tokens("smoe_mlp", x, routing)
+  checks.check_gates("smoe_mlp", gates, routing)
+  checks.check_weights("smoe_mlp", "w_out", w_out, routing)
+  _check_gate_axis("w_in", w_in, 2)
+  _check_gate_axis("bias_in", bias_in, 1)
+  num_tokens = routing.num_tokens
   run = functools.partial(_local, axes=axes, options=options)
   weights = (w_in, w_out, bias_in, bias_out)
   expert_ids = local.here_or_nowhere(expert_ids, num_experts)
@@ -174,6 +194,15 @@ def _visit(experts, x, gates, expert_ids, axes, num_local):
   return sum_rows(
     send_rows(y, back, forth, routing.num_rows, axis_name), routing
   )
+
+
+def _check_gate_axis(name: str, array, axis: int) -> None:
+  """Raises unless the columns, from `axis` on, are (m,) or (2, n)."""
+  if array is not None and array.shape[axis:-1] not in ((), (2,)):
+    raise ValueError(
+      f"smoe_mlp: {name} has columns of shape {array.shape[axis:]}; with an "
+      "axis for the gate they are (2, n), as sharding.split_gate makes them."
+    )
 
 
 def _check_gate(w_in, w_out, axes: MeshAxes) -> None:
