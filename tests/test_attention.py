@@ -166,6 +166,18 @@ def test_a_new_layer_answers_as_loudly_as_a_dense_one():
   np.testing.assert_allclose(np.var(y), 1, rtol=0.1)
 
 
+@pytest.mark.parametrize("shape", [(0, L, D), (B, 0, D)])
+def test_no_tokens_give_an_empty_result(shape):
+  layer = module(use_output_bias=True)
+  variables = randomized(layer, tokens())
+  y, metrics, _ = layer.apply(
+    variables, jnp.zeros(shape), mask=jnp.ones(shape[:2], bool)
+  )
+  assert y.shape == shape
+  assert metrics.load_balancing_loss == 0
+  assert not np.any(metrics.tokens_per_expert)
+
+
 def test_mask_is_padding():
   layer, x = module(use_output_bias=True), tokens()
   variables = randomized(layer, x)
@@ -249,6 +261,11 @@ def test_sinks_take_part_and_have_no_value():
       weights /= weights.sum(1, keepdims=True) + np.exp(float(sinks[h]))
       expected = np.einsum("bs,bsc->bc", weights, values)
       np.testing.assert_allclose(got[:, t, h], expected, rtol=2e-4)
+
+
+def test_sinks_of_an_empty_batch():
+  q, k = jnp.ones((0, L, 4, C)), jnp.ones((0, L, 2, C))
+  assert smnn.attend(q, k, k, sinks=jnp.ones((4,)))[0].shape == q.shape
 
 
 def test_no_sinks_is_sinks_of_minus_infinity():

@@ -7,6 +7,7 @@ from scattermoe_jax.nn.attention_core import (
   consecutive_positions,
 )
 from scattermoe_jax.nn.dense_mlp import DenseMLP
+from scattermoe_jax.nn.metrics import SMoEMetrics, route_with_metrics
 from scattermoe_jax.nn.parallel_linear import ParallelLinear
 from scattermoe_jax.nn.rotary import RopeScaling, rotary_embedding
 from scattermoe_jax.nn.router import (
@@ -19,12 +20,7 @@ from scattermoe_jax.nn.router import (
   top_k_then_softmax,
   update_selection_bias,
 )
-from scattermoe_jax.nn.smoe import (
-  SMoEBlock,
-  SMoEMetrics,
-  SMoEMLP,
-  route_with_metrics,
-)
+from scattermoe_jax.nn.smoe import SMoEBlock, SMoEMLP
 from scattermoe_jax.ops import ACTIVATIONS, Activation
 
 __all__ = [

@@ -23,23 +23,22 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from scattermoe_jax.nn import checks
 from scattermoe_jax.nn.attention_core import (
+  IMPLEMENTATIONS,
   KVCache,
   attend,
   consecutive_positions,
 )
 from scattermoe_jax.nn.lora import adapted_linear_combine
+from scattermoe_jax.nn.metrics import SMoEMetrics, route_with_metrics
 from scattermoe_jax.nn.parallel_linear import (
   ParallelLinear,
   default_kernel_init,
 )
 from scattermoe_jax.nn.rotary import RopeScaling, rotary_embedding
 from scattermoe_jax.nn.router import Router, Scoring
-from scattermoe_jax.nn.smoe import (
-  SMoEMetrics,
-  route_with_metrics,
-  zero_padding,
-)
+from scattermoe_jax.nn.smoe import zero_padding
 from scattermoe_jax.ops import linear_combine
 from scattermoe_jax.ops.rows import group_rows, ungroup_rows
 from scattermoe_jax.routing import Routing
@@ -144,6 +143,11 @@ class MixtureOfAttention(nn.Module):
       cache: of the tokens before these.
       deterministic: whether to leave out the router's jitter.
     """
+    self._check_fields()
+    checks.check_tokens(
+      "MixtureOfAttention", x, ("B", "L", "d"), "one sequence is x[None]"
+    )
+    checks.check_mask("MixtureOfAttention", mask, x.shape[:-1])
     batch, length, d = x.shape
     if mask is not None:
       real = mask.astype(jnp.int32)
@@ -184,6 +188,21 @@ class MixtureOfAttention(nn.Module):
       bias = self.param("output_bias", self.bias_init, (d,), self.param_dtype)
       y = zero_padding(y + bias.astype(y.dtype)[None, :], row_mask)
     return y.reshape(x.shape), metrics, cache
+
+  def _check_fields(self):
+    checks.check_ints(
+      "MixtureOfAttention",
+      num_experts=self.num_experts,
+      top_k=self.top_k,
+      num_heads=self.num_heads,
+      head_dim=self.head_dim,
+    )
+    checks.check_one_of(
+      "MixtureOfAttention",
+      "attention_implementation",
+      self.attention_implementation,
+      IMPLEMENTATIONS,
+    )
 
   def _router(self):
     return Router(
@@ -265,7 +284,9 @@ class _OutputProjection(nn.Module):
     gates: Float[Array, "T k"],
     routing: Routing,
   ) -> Float[Array, "T d"]:
-    rows = _to_token_order(heads, self.top_k).reshape(routing.num_rows, -1)
+    # No -1 in a shape: an empty batch has any width.
+    width = heads.shape[2] // self.top_k * heads.shape[3]
+    rows = _to_token_order(heads, self.top_k).reshape(routing.num_rows, width)
     rows = group_rows(rows, routing)
     kernel = self.param(
       "kernel",
@@ -295,14 +316,15 @@ def _to_head_order(
   rows: Float[Array, "B L k n d_head"],
 ) -> Float[Array, "B L N d_head"]:
   """Returns heads i k + j for head i of choice j: those of one K, V adjoin."""
+  batch, length, top_k, num_heads, head_dim = rows.shape
   heads = jnp.swapaxes(rows, 2, 3)
-  return heads.reshape(*heads.shape[:2], -1, heads.shape[-1])
+  return heads.reshape(batch, length, num_heads * top_k, head_dim)
 
 
 def _to_token_order(
   heads: Float[Array, "B L N d_head"], top_k: int
 ) -> Float[Array, "B L k n d_head"]:
   """Undoes `_to_head_order`."""
-  batch, length, _, head_dim = heads.shape
-  heads = heads.reshape(batch, length, -1, top_k, head_dim)
+  batch, length, width, head_dim = heads.shape
+  heads = heads.reshape(batch, length, width // top_k, top_k, head_dim)
   return jnp.swapaxes(heads, 2, 3)

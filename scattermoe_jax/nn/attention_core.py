@@ -9,6 +9,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scattermoe_jax._compat import current_device
+from scattermoe_jax.nn import checks
+
+IMPLEMENTATIONS = (None, "cudnn", "xla")
 
 # The widest head of cuDNN's flash attention that every GPU has.
 _MAX_CUDNN_HEAD_DIM = 128
@@ -136,10 +139,14 @@ def attend(
     was given). What padding tokens get is finite and means nothing.
 
   Raises:
-    ValueError: if a window or a cache comes without `causal`.
+    ValueError: if a window or a cache comes without `causal`, or the
+      implementation is none of these.
 
   Source: `jax.nn.dot_product_attention`; sinks as transformers' gpt-oss.
   """
+  checks.check_one_of(
+    "attend", "implementation", implementation, IMPLEMENTATIONS
+  )
   if not causal and (cache is not None or sliding_window is not None):
     raise ValueError(
       "attend: a cache and a sliding_window need causal=True; what sees "
@@ -257,7 +264,8 @@ def _attend_plainly(query, key, value, mask, sinks, scale):
   batch, length, num_heads, head_dim = query.shape
   num_kv_heads = key.shape[2]
   wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
-  grouped = query.reshape(batch, length, num_kv_heads, -1, head_dim)
+  group = num_heads // num_kv_heads
+  grouped = query.reshape(batch, length, num_kv_heads, group, head_dim)
   logits = jnp.einsum(
     "blngh,bmnh->bnglm",
     grouped,

@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from scattermoe_jax._compat import current_device, split_axes
+from scattermoe_jax.nn import checks
 from scattermoe_jax.ops.split_dot import multiplies_bfloat16, split_dot
 
 Scoring = Literal[
@@ -104,6 +105,9 @@ class Router(nn.Module):
   ) -> RouterOutput:
     """Returns the gates, the experts, the logits and the probabilities of x."""
     self._check_fields()
+    checks.check_tokens(
+      "Router", x, ("T", "d"), "flatten batch and sequence: x.reshape(-1, d)"
+    )
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     if self.jitter and not deterministic:
       x = x.astype(wide) * jax.random.uniform(
@@ -177,15 +181,26 @@ class Router(nn.Module):
     )
 
   def _check_fields(self):
+    checks.check_ints(
+      "Router",
+      num_experts=self.num_experts,
+      top_k=self.top_k,
+      num_groups=self.num_groups,
+      top_groups=self.top_groups,
+    )
+    checks.check_one_of("Router", "scoring", self.scoring, get_args(Scoring))
     if not 1 <= self.top_k <= self.num_experts:
       raise ValueError(
         f"Router: top_k must lie in [1, num_experts = {self.num_experts}], "
         f"got {self.top_k}."
       )
-    if self.scoring not in get_args(Scoring):
+    if not 0 <= self.jitter < 1:
+      raise ValueError(f"Router: jitter must lie in [0, 1), got {self.jitter}.")
+    if self.scoring != "sigmoid" and not self.renormalize:
       raise ValueError(
-        f"Router: scoring must be one of {get_args(Scoring)}, got "
-        f"{self.scoring!r}."
+        "Router: renormalize=False needs scoring='sigmoid', got "
+        f"{self.scoring!r}; scoring='softmax_top_k' is the softmax that is not "
+        "renormalized."
       )
     if self.scoring != "sigmoid" and (
       self.use_selection_bias or self.num_groups != 1
@@ -343,6 +358,7 @@ def load_balancing_loss(
   Source: Switch Transformer (Fedus et al., 2021), equation 4, for k experts as
   transformers' load_balancing_loss_func writes it.
   """
+  checks.check_mask("load_balancing_loss", mask, probs.shape[:1])
   choices = lax.stop_gradient(tokens_per_expert).astype(probs.dtype)
   per_token = choices / _count(mask, probs)
   return probs.shape[1] * jnp.sum(per_token * mean_probs(probs, mask=mask))
@@ -368,6 +384,7 @@ def router_z_loss(
 
   Source: ST-MoE (Zoph et al., 2022, arXiv 2202.08906), equation 5.
   """
+  checks.check_mask("router_z_loss", mask, logits.shape[:1])
   squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
   if mask is not None:
     squares = jnp.where(mask, squares, jnp.zeros_like(squares))

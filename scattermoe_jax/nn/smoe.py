@@ -1,7 +1,7 @@
 """The sparse Mixture-of-Experts MLP: experts alone, and with their router."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,37 +12,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from scattermoe_jax import sharding
+from scattermoe_jax.nn import checks
 from scattermoe_jax.nn.dense_mlp import DenseMLP
 from scattermoe_jax.nn.lora import adapted_smoe_mlp
+from scattermoe_jax.nn.metrics import (
+  SMoEMetrics,
+  ids_with_metrics,
+  route_with_metrics,
+)
 from scattermoe_jax.nn.parallel_linear import default_kernel_init
 from scattermoe_jax.nn.partitioning import named, with_gate_axis
-from scattermoe_jax.nn.router import (
-  Router,
-  RouterOutput,
-  Scoring,
-  load_balancing_loss,
-  mean_probs,
-  router_z_loss,
-)
+from scattermoe_jax.nn.router import Router, Scoring
 from scattermoe_jax.ops import Activation, smoe_mlp
 from scattermoe_jax.routing import Routing, route, take_rows
-
-
-class SMoEMetrics(NamedTuple):
-  """What a routed layer reports beside its output.
-
-  Attributes:
-    load_balancing_loss: E sum_e f_e P_e; k at perfect balance.
-    router_z_loss: mean squared logsumexp of the logits.
-    tokens_per_expert: choices of each expert, of unmasked tokens.
-    mean_probs: P_e, the mean probability of each expert over unmasked tokens,
-      for a balance loss over several layers at once.
-  """
-
-  load_balancing_loss: Float[Array, "*layers"]
-  router_z_loss: Float[Array, "*layers"]
-  tokens_per_expert: Int[Array, "*layers E"]
-  mean_probs: Float[Array, "*layers E"]
 
 
 class SMoEMLP(nn.Module):
@@ -103,6 +85,11 @@ class SMoEMLP(nn.Module):
       expert_ids: the experts of each token, outside [0, E) for none; or the
         `Routing` of the flattened tokens, where it is made already.
     """
+    checks.check_ints(
+      "SMoEMLP", num_experts=self.num_experts, d_expert=self.d_expert
+    )
+    checks.check_tokens("SMoEMLP", x)
+    checks.check_choices("SMoEMLP", x, gates, expert_ids)
     d, top_k = x.shape[-1], gates.shape[-1]
     x, *weights = promote_dtype(x, *self._weights(d), dtype=self.dtype)
     w_in, w_out, bias_in, bias_out = weights
@@ -281,6 +268,9 @@ class SMoEBlock(nn.Module):
         counts in no loss, whatever it holds. All are real if None.
       deterministic: whether to leave out the router's jitter.
     """
+    self._check_fields()
+    checks.check_tokens("SMoEBlock", x)
+    checks.check_mask("SMoEBlock", mask, x.shape[:-1])
     row_mask = None if mask is None else mask.reshape(-1)
     # The router and shared experts see padding, their gradients as well.
     rows = zero_padding(x.reshape(-1, x.shape[-1]), row_mask)
@@ -300,12 +290,12 @@ class SMoEBlock(nn.Module):
       bias_init=self.bias_init,
       name="router",
     )(rows, deterministic=deterministic)
+    chosen: Routing | Array
     if self.mesh_axes is None:
       chosen, metrics = route_with_metrics(routed, row_mask)
     else:
       # No sort over all devices: each routes its own tokens.
-      chosen = _masked_ids(routed, row_mask)
-      metrics = _metrics(routed, _count(chosen, self.num_experts), row_mask)
+      chosen, metrics = ids_with_metrics(routed, row_mask)
     y = SMoEMLP(
       num_experts=self.num_experts,
       d_expert=self.d_expert,
@@ -332,6 +322,22 @@ class SMoEBlock(nn.Module):
       y += bias.astype(y.dtype)[None, :]
     return zero_padding(y, row_mask).reshape(x.shape), metrics
 
+  def _check_fields(self):
+    checks.check_ints(
+      "SMoEBlock",
+      num_experts=self.num_experts,
+      top_k=self.top_k,
+      d_expert=self.d_expert,
+      num_shared_experts=self.num_shared_experts,
+      d_shared=self.d_shared or 0,
+    )
+    if self.shared_gate and not (self.num_shared_experts or self.d_shared):
+      raise ValueError(
+        "SMoEBlock: shared_gate=True weighs shared experts, but "
+        f"num_shared_experts = 0 and d_shared = {self.d_shared}; give one of "
+        "them."
+      )
+
   def _shared(self, rows):
     dense_fields: dict[str, Any] = dict(
       dtype=self.dtype,
@@ -354,19 +360,6 @@ class SMoEBlock(nn.Module):
     return y
 
 
-def route_with_metrics(
-  routed: RouterOutput, mask: Bool[Array, " T"] | None = None
-) -> tuple[Routing, SMoEMetrics]:
-  """Returns the routing of a router's choices, and what it reports.
-
-  Args:
-    routed: of `Router`.
-    mask: True where the token is real; the others go to no expert.
-  """
-  routing = route(_masked_ids(routed, mask), routed.logits.shape[1])
-  return routing, _metrics(routed, routing.group_sizes, mask)
-
-
 def zero_padding(
   rows: Float[Array, "T d"], mask: Bool[Array, " T"] | None
 ) -> Float[Array, "T d"]:
@@ -375,25 +368,3 @@ def zero_padding(
     return rows
   # Not a product: padding may hold NaN.
   return jnp.where(mask[:, None], rows, jnp.zeros_like(rows))
-
-
-def _masked_ids(routed, mask):
-  if mask is None:
-    return routed.expert_ids
-  nowhere = jnp.full_like(routed.expert_ids, routed.logits.shape[1])
-  return jnp.where(mask[:, None], routed.expert_ids, nowhere)
-
-
-def _count(expert_ids, num_experts):
-  experts = jnp.arange(num_experts, dtype=expert_ids.dtype)
-  chosen = expert_ids[:, :, None] == experts[None, None, :]
-  return jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
-
-
-def _metrics(routed, tokens_per_expert, mask):
-  return SMoEMetrics(
-    load_balancing_loss(routed.probs, tokens_per_expert, mask=mask),
-    router_z_loss(routed.logits, mask=mask),
-    tokens_per_expert,
-    mean_probs(routed.probs, mask=mask),
-  )
