@@ -1,4 +1,4 @@
-"""Mixture of attention: each expert is a pair of query and output projections.
+"""Mixture of attention (MoMHA): an expert is a query and an output projection.
 
   token t takes experts e_1 .. e_k with gates g_1 .. g_k, and for each j:
 
