@@ -191,6 +191,7 @@ def test_a_mask_is_an_array():
     ({"jitter": -0.1}, "jitter must lie in [0, 1), got -0.1"),
     ({"jitter": 1}, "jitter must lie in [0, 1), got 1"),
     ({"jitter": float("nan")}, "jitter must lie in [0, 1), got nan"),
+    ({"top_groups": 4}, "top_groups must lie in [1, num_groups = 1], got 4"),
     (
       {"renormalize": False, "scoring": "softmax_top_k_renormalized"},
       "renormalize=False needs scoring='sigmoid', got "

@@ -189,22 +189,23 @@ class Router(nn.Module):
       top_groups=self.top_groups,
     )
     checks.check_one_of("Router", "scoring", self.scoring, get_args(Scoring))
-    if not 1 <= self.top_k <= self.num_experts:
-      raise ValueError(
-        f"Router: top_k must lie in [1, num_experts = {self.num_experts}], "
-        f"got {self.top_k}."
-      )
+    for name, among in (("top_k", "num_experts"), ("top_groups", "num_groups")):
+      value, most = getattr(self, name), getattr(self, among)
+      if not 1 <= value <= most:
+        raise ValueError(
+          f"Router: {name} must lie in [1, {among} = {most}], got {value}."
+        )
     if not 0 <= self.jitter < 1:
       raise ValueError(f"Router: jitter must lie in [0, 1), got {self.jitter}.")
-    if self.scoring != "sigmoid" and not self.renormalize:
+    if self.scoring == "sigmoid":
+      return
+    if not self.renormalize:
       raise ValueError(
         "Router: renormalize=False needs scoring='sigmoid', got "
         f"{self.scoring!r}; scoring='softmax_top_k' is the softmax that is not "
         "renormalized."
       )
-    if self.scoring != "sigmoid" and (
-      self.use_selection_bias or self.num_groups != 1
-    ):
+    if self.use_selection_bias or self.num_groups != 1:
       raise ValueError(
         "Router: use_selection_bias and num_groups need scoring='sigmoid', got "
         f"{self.scoring!r}."
