@@ -37,6 +37,10 @@ _TITLE = """# How fast
 Written by `python -m benchmarks.report --readme` from the records in
 `benchmarks/results`, each with the command that made it. How many times faster
 one is than another was read within one run; times beside it may be of another.
+Columns "of ..." are fractions of what they name, of its speed or of its bytes;
+"times faster" are factors, which above 1 speak for this library. What is empty
+was not measured. [kernels.md](kernels.md) says which records are of kernels
+that have changed since.
 """
 
 
