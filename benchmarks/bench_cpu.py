@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import timing
+from benchmarks import command, timing
 from scattermoe_jax.ops import parallel_linear
 from scattermoe_jax.routing import Routing, input_rows, route
 from tests.accuracy import assert_accurate
@@ -40,13 +40,9 @@ def main() -> None:
   records = []
   for groups in ("even", "skewed"):
     for direction in ("forward", "forward+backward"):
-      records.append(measure(groups, direction, options.samples))
-      if options.write:
-        timing.merge_records(
-          timing.results_path("bench_cpu", "cpu"),
-          records[-1:],
-          key=("groups", "direction"),
-        )
+      made = [measure(groups, direction, options.samples)]
+      key = ("groups", "direction")
+      records += command.store(made, options, bench="bench_cpu", key=key)
   for record in records:
     assert record["times_faster"] >= PROMISE, record
     assert record["temp_ratio"] <= 1 / PROMISE, record

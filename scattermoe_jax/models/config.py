@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from scattermoe_jax.nn import ACTIVATIONS, RopeScaling
+from scattermoe_jax.nn.checks import check_one_of
 from scattermoe_jax.nn.router import Scoring
 
 
@@ -145,10 +146,13 @@ class ModelConfig:
 
 
 def _check(config: ModelConfig) -> None:
-  _check_choice(config, "attention", ("mha", "moa"))
-  _check_choice(config, "ffn", ("moe", "dense"))
-  _check_choice(config, "qk_norm", (None, "head", "vector"))
-  _check_choice(config, "activation", ACTIVATIONS)
+  for name, known in (
+    ("attention", ("mha", "moa")),
+    ("ffn", ("moe", "dense")),
+    ("qk_norm", (None, "head", "vector")),
+    ("activation", ACTIVATIONS),
+  ):
+    check_one_of("ModelConfig", name, getattr(config, name), known)
   for name in ("vocab_size", "d_model", "num_layers", "num_kv_heads", "top_k"):
     if getattr(config, name) < 1:
       raise ValueError(
@@ -186,12 +190,4 @@ def _check(config: ModelConfig) -> None:
     raise ValueError(
       f"ModelConfig: top_k = {config.top_k} is above num_experts = "
       f"{config.num_experts}."
-    )
-
-
-def _check_choice(config: ModelConfig, name: str, choices: tuple) -> None:
-  if getattr(config, name) not in choices:
-    raise ValueError(
-      f"ModelConfig: {name} must be one of {choices}, got "
-      f"{getattr(config, name)!r}."
     )

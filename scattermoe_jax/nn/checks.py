@@ -7,20 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from scattermoe_jax.routing import Routing, is_static_int
-
-
-def check_ints(module: str, **fields: Any) -> None:
-  """Raises TypeError unless all fields are ints."""
-  for name, value in fields.items():
-    if not is_static_int(value):
-      raise TypeError(f"{module}: {name} must be a static int, got {value!r}.")
-
-
-def check_one_of(module: str, name: str, value: Any, known: tuple) -> None:
-  """Raises ValueError unless a field's value is a known one."""
-  if value not in known:
-    raise ValueError(f"{module}: {name} must be one of {known}, got {value!r}.")
+from scattermoe_jax.ops.checks import check_array
+from scattermoe_jax.ops.checks import check_ints as check_ints
+from scattermoe_jax.ops.checks import check_one_of as check_one_of
+from scattermoe_jax.routing import Routing
 
 
 def check_tokens(
@@ -34,7 +24,7 @@ def check_tokens(
     dims: what the dimensions of x are called, if they must be so many.
     advice: how to come by them.
   """
-  _check_array(module, "x", x)
+  check_array(module, "x", x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(
       f"{module}: x must be floating, got {x.dtype}; embed token ids first."
@@ -47,7 +37,7 @@ def check_tokens(
 
 def check_choices(module: str, x: Any, gates: Any, expert_ids: Any) -> None:
   """Raises unless gates and expert_ids have a row for each token of x."""
-  _check_array(module, "gates", gates)
+  check_array(module, "gates", gates)
   batch = x.shape[:-1]
   if not gates.shape or gates.shape[:-1] != batch:
     expected = ", ".join([*map(str, batch), "k"])
@@ -57,7 +47,7 @@ def check_choices(module: str, x: Any, gates: Any, expert_ids: Any) -> None:
     )
   if isinstance(expert_ids, Routing):
     return
-  _check_array(module, "expert_ids", expert_ids)
+  check_array(module, "expert_ids", expert_ids)
   if expert_ids.shape != gates.shape:
     raise ValueError(
       f"{module}: expert_ids must have the shape of gates, {gates.shape}, got "
@@ -69,7 +59,7 @@ def check_mask(function: str, mask: Any, shape: tuple[int, ...]) -> None:
   """Raises unless a mask is None or bool and of the shape of the tokens."""
   if mask is None:
     return
-  _check_array(function, "mask", mask)
+  check_array(function, "mask", mask)
   if mask.dtype != jnp.bool_:
     raise TypeError(
       f"{function}: mask must be bool, got {mask.dtype}; it is True where the "
@@ -80,12 +70,4 @@ def check_mask(function: str, mask: Any, shape: tuple[int, ...]) -> None:
     raise ValueError(
       f"{function}: mask must have shape {shape}, one entry per token, got "
       f"{mask.shape}."
-    )
-
-
-def _check_array(function: str, name: str, array: Any) -> None:
-  if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-    raise TypeError(
-      f"{function}: {name} must be an array, got a {type(array).__name__}; "
-      "jnp.asarray makes one of numbers."
     )

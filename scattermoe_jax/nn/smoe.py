@@ -313,7 +313,7 @@ class SMoEBlock(nn.Module):
       implementation=self.implementation,
       name="experts",
     )(rows, routed.gates, chosen)
-    if self.num_shared_experts or self.d_shared:
+    if self._shared_width:
       y += self._shared(rows)
     if self.use_output_bias:
       bias = self.param(
@@ -331,12 +331,16 @@ class SMoEBlock(nn.Module):
       num_shared_experts=self.num_shared_experts,
       d_shared=self.d_shared or 0,
     )
-    if self.shared_gate and not (self.num_shared_experts or self.d_shared):
+    if self.shared_gate and not self._shared_width:
       raise ValueError(
         "SMoEBlock: shared_gate=True weighs shared experts, but "
         f"num_shared_experts = 0 and d_shared = {self.d_shared}; give one of "
         "them."
       )
+
+  @property
+  def _shared_width(self) -> int:
+    return self.d_shared or self.num_shared_experts * self.d_expert
 
   def _shared(self, rows):
     dense_fields: dict[str, Any] = dict(
@@ -347,7 +351,7 @@ class SMoEBlock(nn.Module):
     )
     y = DenseMLP(
       mesh_axes=self.mesh_axes,
-      d_hidden=self.d_shared or self.num_shared_experts * self.d_expert,
+      d_hidden=self._shared_width,
       activation=self.activation,
       gated=self.gated,
       out_kernel_init=self.shared_out_kernel_init,

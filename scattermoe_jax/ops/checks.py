@@ -15,11 +15,8 @@ def check_arrays(function: str, routing: Routing, **arrays) -> None:
       "one of the ids of each token's experts: route(expert_ids, num_experts)."
     )
   for name, array in arrays.items():
-    if array is not None and not _is_array(array):
-      raise TypeError(
-        f"{function}: {name} must be an array, got {_describe(array)}; "
-        "jnp.asarray makes one of numbers."
-      )
+    if array is not None:
+      check_array(function, name, array)
   for name, array in (arrays | routing._asdict()).items():
     # An automatic axis is the compiler's affair, see `check_placement`.
     if axes := split_axes(array):
@@ -27,6 +24,37 @@ def check_arrays(function: str, routing: Routing, **arrays) -> None:
         f"{function}: {name} is split over {axes}, mesh axes of explicit "
         f"type, and no backend runs on parts; {REMEDY}."
       )
+
+
+def check_array(function: str, name: str, array) -> None:
+  """Raises TypeError unless it is an array."""
+  if not is_array(array):
+    raise TypeError(
+      f"{function}: {name} must be an array, got {_describe(array)}; "
+      "jnp.asarray makes one of numbers."
+    )
+
+
+def is_array(x) -> bool:
+  """Returns whether x is an array, or stands for one while it is traced."""
+  return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def check_ints(function: str, **values) -> None:
+  """Raises TypeError unless all are static ints."""
+  for name, value in values.items():
+    if not is_static_int(value):
+      raise TypeError(
+        f"{function}: {name} must be a static int, got {value!r}."
+      )
+
+
+def check_one_of(function: str, name: str, value, known: tuple) -> None:
+  """Raises ValueError unless the value is a known one."""
+  if value not in known:
+    raise ValueError(
+      f"{function}: {name} must be one of {known}, got {value!r}."
+    )
 
 
 def check_rows(
@@ -135,10 +163,7 @@ def check_mlp_widths(function: str, w_in, w_out, d: int) -> bool:
 
 def check_num_chunks(function: str, num_chunks: int, d: int) -> None:
   """Raises unless num_chunks, an int, slices of equal width make up d."""
-  if not is_static_int(num_chunks):
-    raise TypeError(
-      f"{function}: num_chunks must be a static int, got {num_chunks!r}."
-    )
+  check_ints(function, num_chunks=num_chunks)
   if num_chunks < 1 or d % num_chunks:
     raise ValueError(
       f"{function}: num_chunks must be a divisor of d = {d}, got {num_chunks}."
@@ -154,12 +179,8 @@ def _check_matrix(function: str, name: str, x) -> int:
   return jnp.shape(x)[0]
 
 
-def _is_array(x) -> bool:
-  return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
 def _describe(x) -> str:
-  if not _is_array(x):
+  if not is_array(x):
     return f"a {type(x).__name__}"
   return f"an array {x.dtype}{list(x.shape)}"
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import jax
 
+from scattermoe_jax.ops import checks
+
 _POLICIES: dict[str, Callable[..., bool]] = {
   "nothing": jax.checkpoint_policies.nothing_saveable,
   "h": jax.checkpoint_policies.save_only_these_names("smoe_h"),
@@ -25,8 +27,5 @@ def remat_policy(keep: str) -> Callable[..., bool]:
   Example:
     >>> layer = jax.checkpoint(jnp.sin, policy=remat_policy("h"))
   """
-  if keep not in _POLICIES:
-    raise ValueError(
-      f"remat_policy: keep must be one of {tuple(_POLICIES)}, got {keep!r}."
-    )
+  checks.check_one_of("remat_policy", "keep", keep, tuple(_POLICIES))
   return _POLICIES[keep]

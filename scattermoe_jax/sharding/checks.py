@@ -13,7 +13,7 @@ from scattermoe_jax.ops import checks
 from scattermoe_jax.routing import Routing, route
 
 
-def check_arrays(
+def checked_routing(
   function: str, expert_ids: Any, num_experts: int, **arrays: Any
 ) -> Routing:
   """Returns the routing of all tokens, its shapes alone, for the ops' checks.
@@ -42,6 +42,6 @@ def check_arrays(
 
 def _shape(array: Any) -> Any:
   """Returns an array's shape and dtype, whatever splits it; else what came."""
-  if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+  if not checks.is_array(array):
     return array
   return jax.ShapeDtypeStruct(array.shape, jnp.result_type(array))

@@ -18,7 +18,7 @@ from scattermoe_jax.sharding.axes import (
   num_devices,
   run_on_mesh,
 )
-from scattermoe_jax.sharding.checks import check_arrays
+from scattermoe_jax.sharding.checks import checked_routing
 
 
 def parallel_linear(
@@ -62,7 +62,7 @@ def parallel_linear(
   mesh = context_mesh(mesh)
   axes = axes_of(axes, mesh)
   name, num_experts = "parallel_linear", len(w)
-  routing = check_arrays(name, expert_ids, num_experts, x=x, w=w, bias=bias)
+  routing = checked_routing(name, expert_ids, num_experts, x=x, w=w, bias=bias)
   checks.check_rows(name, x, routing, grouped=False)
   checks.check_weights(name, "w", w, routing)
   _check_scattered(**options)

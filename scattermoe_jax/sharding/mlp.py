@@ -23,7 +23,7 @@ from scattermoe_jax.sharding.axes import (
   num_devices,
   run_on_mesh,
 )
-from scattermoe_jax.sharding.checks import check_arrays
+from scattermoe_jax.sharding.checks import checked_routing
 
 
 def smoe_mlp(
@@ -70,7 +70,7 @@ def smoe_mlp(
   mesh = context_mesh(mesh)
   axes = axes_of(axes, mesh)
   num_experts = len(w_out)
-  routing = check_arrays(
+  routing = checked_routing(
     "smoe_mlp",
     expert_ids,
     num_experts,
