@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from scattermoe_jax.kernels.mosaic import layouts as lt
 
@@ -187,16 +187,8 @@ def _row_and_chunk() -> tuple[ir.Value, ir.Value]:
 
 def _store_quad(live: ir.Value, pointer: ir.Value, quad: ir.Value) -> None:
   # A predicated store: a branch around each would cost more than the store.
-  words = [
-    vector.extract(
-      quad,
-      dynamic_position=[],
-      static_position=ir.DenseI64ArrayAttr.get([i]),
-    )
-    for i in range(4)
-  ]
   lt.run_ptx(
     "@$0 st.global.v4.b32 [$1], {$2, $3, $4, $5};",
     "b,l,r,r,r,r",
-    [live, pointer, *words],
+    [live, pointer, *lt.elements(quad)],
   )

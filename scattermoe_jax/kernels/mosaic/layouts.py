@@ -65,10 +65,19 @@ def pack(values: Sequence[ir.Value], count: int):
 
 def unpack(array) -> list[ir.Value]:
   """Returns this thread's values of an array of `per_thread`."""
-  first = ir.DenseI64ArrayAttr.get([0])
+  return [elements(r)[0] for r in array.registers.flat]
+
+
+def elements(values: ir.Value) -> list[ir.Value]:
+  """Returns the elements of a vector."""
+  [count] = ir.VectorType(values.type).shape
   return [
-    vector.extract(r, dynamic_position=[], static_position=first)
-    for r in array.registers.flat
+    vector.extract(
+      values,
+      dynamic_position=[],
+      static_position=ir.DenseI64ArrayAttr.get([i]),
+    )
+    for i in range(count)
   ]
 
 
