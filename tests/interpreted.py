@@ -26,4 +26,7 @@ def triton_interpreted(config: TritonConfig = CONFIG) -> types.ModuleType:
   backend.down_projection_grad = functools.partial(
     composed.down_projection_grad, backend.scatter2scatter
   )
+  backend.group_xty_and_sum = functools.partial(
+    composed.group_xty_and_sum, backend.group_xty
+  )
   return backend

@@ -352,6 +352,36 @@ def test_fused_forms_are_accurate(name, case, dtype, activation, gated):
     assert_all_accurate(FUSED_NAMES, *trio, err_msg=pattern)
 
 
+@pytest.mark.optimised
+@pytest.mark.parametrize(("name", "case", "dtype"), RUNS)
+def test_group_xty_and_sum_is_both(name, case, dtype):
+  backend = load(name)
+  skip_if_refused(backend, case, dtype)
+  arrays, options = operands(case, dtype), options_for(dtype)
+  rows, ones = arrays["x"]["grouped"], np.ones((case.num_tokens, case.top_k))
+
+  @jax.jit
+  def run(x, y, rows, ids):
+    routing = route(ids, case.num_experts)
+    # As the rows of a product are: zero where they are of no group.
+    here = routing.expert_ids < case.num_experts
+    rows = jnp.where(here[:, None], rows, 0)
+    both = backend.group_xty_and_sum(
+      x, y, rows, routing, y_grouped=True, **options
+    )
+    return *both, backend.group_xty(x, y, routing, y_grouped=True, **options)
+
+  for pattern in ("skewed", "some_not_here"):
+    ids = strategies.expert_ids(case, pattern)
+    poison_memory()
+    xty, sums, alone = run(
+      arrays["x"]["tokens"], arrays["y"]["grouped"], rows, ids
+    )
+    np.testing.assert_array_equal(xty, alone, err_msg=pattern)
+    truth = oracle.combine(rows, ones, ids, case.num_experts)
+    assert_accurate(sums, truth, None, err_msg=pattern)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
 def slices_both_ways(backend, transpose_w, arrays, ids, slices, width):
   """Slices made of the whole w and bias, and the same of copies of theirs."""

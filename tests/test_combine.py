@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from scattermoe_jax import combine, route
-from scattermoe_jax.ops.combine import sum_choices
+from scattermoe_jax.kernels import sum_choices
 from tests import oracle, strategies
 from tests.accuracy import assert_accurate
 from tests.strategies import Case

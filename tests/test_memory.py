@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import scattermoe_jax as sm
-from scattermoe_jax.kernels import xla
+from scattermoe_jax.kernels import composed, xla
 
 T, k, E, d, n = 64, 4, 8, 96, 16
 
@@ -65,7 +65,10 @@ def test_chunks_lower_the_peak():
   assert peak(num_chunks=6) <= peak() - expanded // 2
 
 
-def test_gradients_are_made_one_after_the_other(monkeypatch):
+@pytest.mark.parametrize(
+  "case", ["rows_outgrow_dw_in", "frozen_w_in", "rows_fit_in_dw_in"]
+)
+def test_gradients_are_made_one_after_the_other(monkeypatch, case):
   calls, within = [], []
 
   def record(module, name):
@@ -82,19 +85,55 @@ def test_gradients_are_made_one_after_the_other(monkeypatch):
 
     monkeypatch.setattr(module, name, recorded)
 
-  inputs, routing = layer_inputs()
-  for name in ("scatter2scatter", "group_xty", "down_projection_grad"):
+  (x, gates, w_in, w_out, _), routing = layer_inputs()
+  for name in (
+    "scatter2scatter",
+    "group_xty",
+    "group_xty_and_sum",
+    "down_projection_grad",
+  ):
     record(xla, name)
   record(jax.lax, "optimization_barrier")
-  jax.make_jaxpr(lambda i, r: step(i, r, implementation="xla"))(inputs, routing)
+
+  def loss(x, w_in, routing):
+    y = sm.smoe_mlp(x, gates, routing, w_in, w_out, implementation="xla")
+    return jnp.sum(y)
+
+  assert T * k * d == w_in.size
+  if case != "rows_fit_in_dw_in":
+    w_in = w_in[:, :, :n]  # Without a gate.
+  # Of weights that nobody trains dw_in is a call by itself, for XLA to drop.
+  trained = 0 if case == "frozen_w_in" else (0, 1)
+  jax.make_jaxpr(jax.grad(loss, trained))(x, w_in, routing)
   backward = calls[calls.index("down_projection_grad") + 1 :]
-  assert backward[:5] == [
-    "group_xty",  # dw_out
-    "optimization_barrier",
-    "scatter2scatter",  # dx
-    "optimization_barrier",
-    "group_xty",  # dw_in
-  ]
+  dx_and_dw_in = ["scatter2scatter", "group_xty_and_sum"]
+  if case != "rows_outgrow_dw_in":
+    dx_and_dw_in = ["scatter2scatter", "optimization_barrier", "group_xty"]
+  expected = ["group_xty", "optimization_barrier", *dx_and_dw_in]
+  assert backward[: len(expected)] == expected
+
+
+def test_rows_are_summed_before_the_product_is_made(monkeypatch):
+  calls = []
+
+  def recorded(name, function):
+    def run(*args, **kwargs):
+      calls.append(name)
+      return function(*args, **kwargs)
+
+    return run
+
+  (x, *_), routing = layer_inputs()
+  rows = jnp.ones((T * k, d))
+  for module, name in (
+    (composed, "sum_choices"),
+    (jax.lax, "optimization_barrier"),
+  ):
+    monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+  composed.group_xty_and_sum(
+    recorded("group_xty", xla.group_xty), x, rows, rows, routing, y_grouped=True
+  )
+  assert calls[:3] == ["sum_choices", "optimization_barrier", "group_xty"]
 
 
 def test_chunks_must_divide_the_width():

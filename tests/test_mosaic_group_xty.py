@@ -16,11 +16,12 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from scattermoe_jax._compat import Device, current_device
-from scattermoe_jax.kernels import Problem, mosaic, tuning, xla
+from scattermoe_jax.kernels import Problem, mosaic, sum_choices, tuning, xla
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.routing import route
 from tests import oracle
 from tests.accuracy import assert_accurate
+from tests.conftest import poison_memory
 
 if reason := mosaic.missing_feature():
   pytest.skip(reason, allow_module_level=True)
@@ -28,8 +29,11 @@ if reason := mosaic.missing_feature():
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from scattermoe_jax.kernels.mosaic import xty_tiles
-from scattermoe_jax.kernels.mosaic.grouped_xty import group_xty
+from scattermoe_jax.kernels.mosaic import choice_sums, xty_tiles
+from scattermoe_jax.kernels.mosaic.grouped_xty import (
+  group_xty,
+  group_xty_and_sum,
+)
 from scattermoe_jax.kernels.mosaic.tickets import RING
 from scattermoe_jax.kernels.mosaic.xty_tiles import (
   make_plan,
@@ -62,6 +66,22 @@ class InterpretedOps:
 
   def meet_cluster(self):
     pass
+
+  @staticmethod
+  def sum_choices(sums, worker, smem, first_byte, rows, places, out):
+    del smem, first_byte  # Rows pass no shared memory here.
+    workers = sums.blocks * sums.warpgroups
+
+    def sum_token(i, _):
+      token = worker + i * workers
+      total = jnp.zeros((sums.width,), jnp.float32)
+      for j in range(sums.top_k):
+        total += rows[places[token, j], :].astype(jnp.float32)
+      out[token, :] = total.astype(sums.dtype)
+
+    lax.fori_loop(
+      0, pl.cdiv(sums.num_tokens - worker, workers), sum_token, None
+    )
 
   def new_flags(self, count):
     # One block: no part is waited for.
@@ -263,6 +283,72 @@ def test_parts_that_are_not_stored_leave_a_tile_on_its_way_out(monkeypatch):
   )
 
 
+def sum_beside_every_product(monkeypatch):
+  monkeypatch.setattr(choice_sums, "_MOST_BLOCKS", math.inf)
+  monkeypatch.setattr(choice_sums, "_LEAST_TILES_EACH", 0)
+  monkeypatch.setattr(choice_sums, "_PRODUCTS_PER_SUM", 1)
+
+
+@pytest.mark.parametrize("num_sms", [4, 3])
+@pytest.mark.parametrize("x_grouped", [False, True])
+def test_blocks_that_sum_first_multiply_what_is_left(
+  monkeypatch, x_grouped, num_sms
+):
+  sum_beside_every_product(monkeypatch)
+  layout = dict(x_grouped=x_grouped, y_grouped=not x_grouped)
+  x, y = operands(*layout.values(), *((64, 256) if x_grouped else (256, 64)))
+  rows = operands(True, True, 64, 64, seed=1)[0]
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  blocks = (64, 128) if x_grouped else (128, 64)
+  config = TileConfig(*blocks, num_stages=3, num_sms=num_sms)
+  params = plgpu.InterpretGPUParams(detect_races=True)
+  with plgpu.force_gpu_interpret_mode(params):
+    xty, sums = jax.jit(
+      lambda *operands: group_xty_and_sum(
+        *operands, config=config, ops=InterpretedOps(num_sms), **layout
+      )
+    )(x, y, rows, routing)
+  truth = oracle.group_xty(x, y, IDS, EXPERTS, **layout)
+  assert_accurate(xty, truth, xla.group_xty(x, y, routing, **layout))
+  ones = np.ones(IDS.shape)
+  assert_accurate(sums, oracle.combine(rows, ones, IDS, EXPERTS), None)
+
+
+def summing(**changes):
+  """Returns how C3 would sum rows of dx, but for `changes`."""
+  problem = dict(
+    products=262144 * 4096 * 2048,
+    num_tiles=32768,
+    num_blocks=132,
+    warpgroups=3,
+    ring_bytes=65536,
+  )
+  rows = jax.ShapeDtypeStruct((262144, changes.pop("width", 4096)), "bfloat16")
+  top_k = changes.pop("top_k", 8)
+  return choice_sums.choice_sums(rows, top_k, **problem | changes)
+
+
+def test_a_sum_takes_the_share_of_blocks_that_ends_before_the_product():
+  assert summing().blocks == 6
+  assert summing(products=262144 * 4096 * 512).blocks == 20
+  assert summing(products=262144 * 4096 * 65536).blocks == 2
+  assert (summing().groups, summing(top_k=16).groups) == (4, 2)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(products=262144 * 4096 * 256),  # Hardly anything to multiply.
+    dict(num_tiles=1000),  # Who comes late finds none.
+    dict(top_k=32),  # No slots for two sums of k rows.
+    dict(width=4092),  # No whole chunks.
+  ],
+)
+def test_a_sum_that_would_not_end_in_time_is_made_alone(changes):
+  assert summing() is not None
+  assert summing(**changes) is None
+
+
 @pytest.mark.parametrize("gathered", ["x", "y"])
 @pytest.mark.parametrize("d, n", [(512, 4096), (4096, 512), (64, 2048)])
 def test_a_band_is_fewer_tiles_than_all(gathered, d, n):
@@ -430,6 +516,25 @@ def test_group_xty_lowers_without_a_gpu(case):
   assert ("xf32>" in results) == case.startswith("in_parts")
 
 
+@pytest.mark.parametrize("k", [8, 16, 6])
+def test_a_sum_beside_group_xty_lowers_without_a_gpu(k):
+  num_tokens, num_experts, d, n = 4096, 128, 4096, 2048
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+  x, y = array(num_tokens, d), array(num_tokens * k, n)
+  rows = array(num_tokens * k, d)
+  ids = jax.ShapeDtypeStruct((num_tokens, k), jnp.int32)
+
+  def both(x, y, rows, ids):
+    routing = route(ids, num_experts)
+    return mosaic.group_xty_and_sum(x, y, rows, routing, y_grouped=True)
+
+  with h200():
+    traced = jax.jit(both).trace(x, y, rows, ids)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  [call] = [line for line in text.splitlines() if "call @mosaic_gpu" in line]
+  assert f"tensor<{num_tokens}x{d}xbf16>" in call.rpartition("->")[2]
+
+
 def on_gpu(x, y, routing, **layout):
   product = jax.jit(lambda x, y, r: group_xty(x, y, r, **layout))
   got = product(x, y, routing)
@@ -488,6 +593,44 @@ def test_group_xty_on_gpu_equals_xla(case, dtype):
     truth = xla.group_xty(*wide, **layout, precision=lax.Precision.HIGHEST)
     baseline = xla.group_xty(x, y, routing, **layout)
     assert_accurate(got, truth, baseline, err_msg=str(layout))
+
+
+SUMMED_CASES = {
+  # (T, k, E, d, n, skew, not here)
+  "in_pairs": (3000, 8, 16, 512, 512, 0.5, 0.1),
+  "sixteen": (1111, 16, 32, 256, 512, 0.5, 0.0),
+  "no_quads": (333, 6, 8, 600, 40, 0.5, 0.1),
+  "three": (1000, 3, 16, 1536, 256, 0.0, 0.0),
+  "one_choice": (2000, 1, 8, 512, 512, 1.0, 0.0),
+  "one_token": (1, 8, 8, 512, 256, 0.0, 0.0),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(200)  # Ends a deadlock.
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", SUMMED_CASES)
+def test_a_sum_beside_group_xty_on_gpu_changes_no_bit(
+  monkeypatch, case, dtype, in_parts
+):
+  sum_beside_every_product(monkeypatch)
+  if in_parts:
+    cut_to_steps(monkeypatch)
+  num_tokens, k, num_experts, d, n, skew, not_here = SUMMED_CASES[case]
+  rng = np.random.default_rng(0)
+  ids = distinct_ids(rng, num_tokens, k, num_experts, skew)
+  ids = np.where(rng.random(ids.shape) < not_here, num_experts, ids)
+  routing = route(jnp.asarray(ids), num_experts)
+  x, y = operands(False, True, d, n, ids, dtype)
+  rows = operands(True, True, d, n, ids, dtype, seed=1)[0]
+  alone = jax.jit(lambda *args: group_xty(*args, y_grouped=True))
+  both = jax.jit(lambda *args: group_xty_and_sum(*args, y_grouped=True))
+  expected = alone(x, y, routing), jax.jit(sum_choices)(rows, routing)
+  for _ in range(5):
+    poison_memory()
+    for got, want in zip(both(x, y, rows, routing), expected, strict=True):
+      assert bool(jnp.array_equal(got, want)), case
 
 
 @pytest.mark.gpu

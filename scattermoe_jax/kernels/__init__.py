@@ -25,6 +25,12 @@ A backend is a module with the functions below. None of them is differentiable;
       da' = dy w^T; dgates = <da', a>; dh = (gates * da') dact/dh;
       weighted_a = gates * a. All in grouped rows, w as the forward stores it.
 
+  group_xty_and_sum(x, y, rows, routing, *, x_grouped, y_grouped, precision)
+      -> (xty, sums)
+      xty = group_xty(x, y); sums[t] = sum_j rows[grouped row of choice j of t].
+      Neither needs the other: one kernel may wait for memory and for the tensor
+      core at once.
+
 Rows: a scattered operand has S rows, or T rows of which the k choices of a
 token share one; a grouped operand has S rows. Outputs have S rows. Rows of
 no group (`Routing`) are zero in every output. Sums are accumulated in float32
@@ -33,6 +39,7 @@ Source: ScatterMoE (Tan et al., 2024), scatter2scatter and groupXtY; SonicMoE
 (Guo et al., 2025, arXiv 2512.14080), algorithm 3, for the last.
 """
 
+from scattermoe_jax.kernels.composed import sum_choices
 from scattermoe_jax.kernels.contract import (
   IMPLEMENTATIONS,
   Columns,
@@ -49,4 +56,5 @@ __all__ = [
   "accumulator_dtype",
   "choose_backend",
   "report",
+  "sum_choices",
 ]

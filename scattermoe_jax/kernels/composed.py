@@ -1,4 +1,4 @@
-"""The fused forms of the contract, composed of `scatter2scatter`.
+"""The fused forms of the contract, composed of its two products.
 
 What a backend without fused kernels of its own runs, and the equations that
 fused kernels must equal.
@@ -7,10 +7,12 @@ fused kernels must equal.
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from scattermoe_jax.kernels.contract import accumulator_dtype
-from scattermoe_jax.routing import Routing
+from scattermoe_jax.routing import Routing, take_rows
 
 
 def up_projection(
@@ -67,3 +69,37 @@ def activation_grad(
   a, dh = activation.value_and_vjp(h.astype(wide), gate * da_wide)
   dgates = (da_wide * a).sum(axis=-1)
   return dh.astype(h.dtype), (gate * a).astype(da.dtype), dgates
+
+
+def group_xty_and_sum(
+  group_xty: Callable[..., Array],
+  x: Float[Array, "rows_x d"],
+  y: Float[Array, "rows_y n"],
+  rows: Float[Array, "S w"],
+  routing: Routing,
+  *,
+  x_grouped: bool = False,
+  y_grouped: bool = False,
+  precision: Any = None,
+) -> tuple[Float[Array, "E d n"], Float[Array, "T w"]]:
+  """Returns (xty, sums): `group_xty`, and `sum_choices` of grouped rows."""
+  # One after the other, so that the rows are gone before the product is there.
+  sums, y = lax.optimization_barrier((sum_choices(rows, routing), y))
+  xty = group_xty(
+    x,
+    y,
+    routing,
+    x_grouped=x_grouped,
+    y_grouped=y_grouped,
+    precision=precision,
+  )
+  return xty, sums
+
+
+def sum_choices(
+  rows: Float[Array, "S w"], routing: Routing
+) -> Float[Array, "T w"]:
+  """Returns out[t] = sum_j rows[grouped row of choice j of t]."""
+  choices = take_rows(rows, routing.grouped_ids)
+  wide = accumulator_dtype(rows.dtype)
+  return jnp.sum(choices, axis=1, dtype=wide).astype(rows.dtype)

@@ -43,15 +43,6 @@ def combine(
   return _combine(y, gates, routing)
 
 
-def sum_choices(
-  rows: Float[Array, "S d"], routing: Routing
-) -> Float[Array, "T d"]:
-  """Returns out[t] = sum_j rows[grouped row of choice j of t]; no gradient."""
-  choices = take_rows(rows, routing.grouped_ids)
-  wide = accumulator_dtype(rows.dtype)
-  return jnp.sum(choices, axis=1, dtype=wide).astype(rows.dtype)
-
-
 def gates_of_rows(
   gates: Float[Array, "T k"], routing: Routing
 ) -> Float[Array, " S"]:

@@ -10,9 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import current_device
-from scattermoe_jax.kernels import Problem, choose_backend
+from scattermoe_jax.kernels import Problem, choose_backend, sum_choices
 from scattermoe_jax.ops import checks
-from scattermoe_jax.ops.combine import sum_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.operands import as_operands
 from scattermoe_jax.ops.placement import check_placement

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float
 
-from scattermoe_jax.ops.combine import sum_choices
+from scattermoe_jax.kernels import sum_choices
 from scattermoe_jax.routing import Routing, input_rows, take_rows
 
 

@@ -1,5 +1,6 @@
 """The sparse MLP as one differentiable op, with a dense MLP's residuals."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import custom_vjp_primal_tree_values
+from jax.tree_util import register_static
 from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import vary_over, varying_axes
@@ -16,15 +19,12 @@ from scattermoe_jax.kernels import (
   Columns,
   accumulator_dtype,
   choose_backend,
+  sum_choices,
   xla,
 )
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import Activation, get_activation
-from scattermoe_jax.ops.combine import (
-  gates_of_rows,
-  sum_choices,
-  weigh_choices,
-)
+from scattermoe_jax.ops.combine import gates_of_rows, weigh_choices
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.operands import as_operands
 from scattermoe_jax.ops.parallel_linear import bias_grad, linear_problems
@@ -131,6 +131,14 @@ class _Static(NamedTuple):
   precision: lax.PrecisionLike
 
 
+@register_static
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+  """What is differentiated: known while tracing, part of no array."""
+
+  w_in: bool
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _smoe_mlp(static, x, gates, w_in, w_out, bias_in, bias_out, routing):
   return _forward(
@@ -168,18 +176,18 @@ def _forward(
   return _by_columns(backend, combined, a, x, num_chunks), h
 
 
-def _fwd(static, x, gates, w_in, w_out, bias_in, bias_out, routing):
-  y, h = _forward(
-    static, x, gates, w_in, w_out, bias_in, bias_out, routing, keep_h=True
-  )
+def _fwd(static, *primals):
+  trained = _Trained(w_in=primals[2].perturbed)
+  primals = custom_vjp_primal_tree_values(primals)
+  y, h = _forward(static, *primals, keep_h=True)
   h = checkpoint_name(h, "smoe_h")
-  return y, (x, h, gates, w_in, w_out, bias_in, bias_out, routing)
+  return y, (trained, h, *primals)
 
 
 def _bwd(static, residuals, dy):
   backend, activation, num_chunks, precision = static
   residuals, dy = first_derivative_only("smoe_mlp", (residuals, dy))
-  x, h, gates, w_in, w_out, bias_in, bias_out, routing = residuals
+  trained, h, x, gates, w_in, w_out, bias_in, bias_out, routing = residuals
   # What the backward makes of gates is not made, and held, in the forward.
   gates, dy = lax.optimization_barrier((gates, dy))
   row_gates = gates_of_rows(gates, routing)
@@ -201,8 +209,8 @@ def _bwd(static, residuals, dy):
   )
   dw_out, dh = lax.optimization_barrier((dw_out, dh))
 
-  def summed(dh, columns):
-    dx_rows = backend.scatter2scatter(
+  def rows_of_dx(dh, columns=None):
+    return backend.scatter2scatter(
       dh,
       w_in,
       routing,
@@ -212,11 +220,21 @@ def _bwd(static, residuals, dy):
       columns=columns,
       precision=precision,
     )
-    return sum_choices(dx_rows, routing)
 
-  dx = _by_columns(backend, summed, dh, x, num_chunks)
-  dx, dh = lax.optimization_barrier((dx, dh))
-  dw_in = backend.group_xty(x, dh, routing, y_grouped=True, precision=precision)
+  # Of one kernel where rows outgrow dw_in, which could not take their place in
+  # memory then; and where both are wanted, since XLA can drop neither of them.
+  outgrow = routing.num_rows * x.shape[1] > w_in.size
+  if num_chunks == 1 and trained.w_in and outgrow:
+    dw_in, dx = backend.group_xty_and_sum(
+      x, dh, rows_of_dx(dh), routing, y_grouped=True, precision=precision
+    )
+  else:
+    summed = lambda dh, columns: sum_choices(rows_of_dx(dh, columns), routing)
+    dx = _by_columns(backend, summed, dh, x, num_chunks)
+    dx, dh = lax.optimization_barrier((dx, dh))
+    dw_in = backend.group_xty(
+      x, dh, routing, y_grouped=True, precision=precision
+    )
   dbias_in = dbias_out = None
   if bias_in is not None:
     dbias_in = bias_grad(
@@ -236,7 +254,7 @@ def _bwd(static, residuals, dy):
   )
 
 
-_smoe_mlp.defvjp(_fwd, _bwd)
+_smoe_mlp.defvjp(_fwd, _bwd, symbolic_zeros=True)
 
 
 def _by_columns(

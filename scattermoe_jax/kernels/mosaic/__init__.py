@@ -286,6 +286,43 @@ def group_xty(
   )
 
 
+def group_xty_and_sum(
+  x: Float[Array, "rows_x d"],
+  y: Float[Array, "rows_y n"],
+  rows: Float[Array, "S w"],
+  routing: Routing,
+  *,
+  x_grouped: bool = False,
+  y_grouped: bool = False,
+  precision=None,
+  config: TileConfig | None = None,
+) -> tuple[Float[Array, "E d n"], Float[Array, "T w"]]:
+  """Returns `group_xty`, and the sum of each token's k grouped rows.
+
+  Args:
+    x: see `group_xty`, as the rest.
+    y: see there.
+    rows: (S, w) in grouped order.
+    routing: see there.
+    x_grouped: see there.
+    y_grouped: see there.
+    precision: see there.
+    config: see there.
+  """
+  from scattermoe_jax.kernels.mosaic import grouped_xty
+
+  layout = dict(x_grouped=x_grouped, y_grouped=y_grouped)
+  both = grouped_xty.group_xty_and_sum(
+    x, y, rows, routing, config=config, **layout
+  )
+  if both is not None:
+    return both
+  product = functools.partial(group_xty, config=config)
+  return composed.group_xty_and_sum(
+    product, x, y, rows, routing, precision=precision, **layout
+  )
+
+
 def _fuses(routing: Routing, activation, width: int, multiple: int) -> bool:
   """Returns whether a fused kernel can run; else the composed form does."""
   # Mosaic GPU lowers no erf (JAX 0.11).

@@ -38,6 +38,7 @@ from scattermoe_jax.kernels.mosaic import clusters, tickets, warpgroup_ops
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic.partial_sums import PartialSums, workspace
 from scattermoe_jax.kernels.mosaic.pieces import store_between
+from scattermoe_jax.kernels.mosaic.xty_loader import load_tiles
 from scattermoe_jax.kernels.mosaic.xty_tiles import (
   LEFT_EACH,
   MULTIPLIERS,
@@ -78,36 +79,71 @@ def group_xty(
     ops: what Pallas has no primitive for: the module `warpgroup_ops`, or for
       the interpreter, which cannot run it, the like of it.
   """
-  num_experts, num_rows = routing.num_experts, routing.num_rows
-  shape = (num_experts, x.shape[1], y.shape[1])
-  if num_rows == 0 or 0 in shape:
+  shape = (routing.num_experts, x.shape[1], y.shape[1])
+  if routing.num_rows == 0 or 0 in shape:
     return jnp.zeros(shape, x.dtype)
+  plan = _plan(x, y, routing, x_grouped, y_grouped, config)
+  [xty] = _launch(x, y, None, routing, plan=plan, ops=ops)
+  return xty
+
+
+def group_xty_and_sum(
+  x: Float[Array, "rows_x d"],
+  y: Float[Array, "rows_y n"],
+  rows: Float[Array, "S w"],
+  routing: Routing,
+  *,
+  x_grouped: bool = False,
+  y_grouped: bool = False,
+  config: TileConfig | None = None,
+  ops: Any = warpgroup_ops,
+) -> tuple[Float[Array, "E d n"], Float[Array, "T w"]] | None:
+  """Returns `group_xty`, and the sum of each token's k rows, of one kernel.
+
+  None where it would take longer than two (`choice_sums`). `rows` are grouped;
+  all else is as of `group_xty`.
+  """
+  if 0 in (routing.num_rows, x.shape[1], y.shape[1], rows.shape[1]):
+    return None
+  plan = _plan(x, y, routing, x_grouped, y_grouped, config)
+  plan = plan.with_sums(rows, routing)
+  if plan.sums is None:
+    return None
+  return tuple(_launch(x, y, rows, routing, plan=plan, ops=ops))
+
+
+def _plan(x, y, routing: Routing, x_grouped, y_grouped, config) -> Plan:
   op = f"group_xty_gathered_{'y' if x_grouped and not y_grouped else 'x'}"
-  device, dtype = current_device(), str(x.dtype)
-  problem = Problem(num_rows, num_experts, *shape[1:], dtype, device)
+  widths, dtype = (x.shape[1], y.shape[1]), str(x.dtype)
+  problem = Problem(
+    routing.num_rows, routing.num_experts, *widths, dtype, current_device()
+  )
   config = tuning.chosen_config(op, problem, config)
-  plan = make_plan(x, y, routing, x_grouped, y_grouped, config)
-  return _launch(x, y, routing, plan=plan, ops=ops)
+  return make_plan(x, y, routing, x_grouped, y_grouped, config)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "ops"))
-def _launch(x, y, routing: Routing, *, plan: Plan, ops: Any):
+def _launch(x, y, rows, routing: Routing, *, plan: Plan, ops: Any):
   left, right = (y, x) if plan.transposed else (x, y)
   shape = (routing.num_experts, x.shape[1], y.shape[1])
-  out = jax.ShapeDtypeStruct(shape, x.dtype)
-  dw, *_ = _kernel(plan, out, ops)(
-    left, right, routing.scattered_ids, parts_of_groups(plan, routing)
+  outs = [jax.ShapeDtypeStruct(shape, x.dtype)]
+  summed: list[Array] = []
+  if plan.sums is not None:
+    outs.append(plan.sums.out_type)
+    summed = [rows, routing.grouped_ids]
+  made = _kernel(plan, outs, ops)(
+    left, right, routing.scattered_ids, parts_of_groups(plan, routing), *summed
   )
-  # plgpu.kernel forgets over which mesh axes its result differs.
-  return vary_over(dw, varying_axes(x, y, routing))
+  # plgpu.kernel forgets over which mesh axes its results differ.
+  return vary_over(made[: len(outs)], varying_axes(x, y, rows, routing))
 
 
-def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
-  """Returns the launch: (left, right, ids, parts) -> [xty, ...]."""
+def _kernel(plan: Plan, outs: list[jax.ShapeDtypeStruct], ops):
+  """Returns the launch: (left, right, ids, parts, ...) -> [*outs, ...]."""
   stages = plan.config.num_stages
   return plgpu.kernel(
     functools.partial(_body, plan, ops),
-    out_type=[out, *workspace(plan)],
+    out_type=[*outs, *workspace(plan)],
     scratch_types=dict(
       left_smem=plgpu.SMEM(
         (stages, _ROWS, plan.left.block),
@@ -122,7 +158,7 @@ def _kernel(plan: Plan, out: jax.ShapeDtypeStruct, ops):
       out_smem=plgpu.SMEM(
         (MULTIPLIERS, 2, LEFT_EACH, lt.COLUMNS),
         plan.dtype,
-        transforms=_store_transforms(out.shape[2]),
+        transforms=_store_transforms(outs[0].shape[2]),
       ),
       full=plgpu.Barrier(
         num_arrivals=1 + plan.left.by_tma + plan.right.by_tma,
@@ -149,138 +185,44 @@ def _store_transforms(width: int):
   return (plgpu.TilingTransform((8, cols)), *swizzle)
 
 
-def _body(plan, ops, left, right, ids, parts, out, *sums, **scratch):
+def _body(plan, ops, left, right, ids, parts, *refs, **scratch):
   """One block: a loader and two multipliers, each walking the same tiles."""
   warpgroup = lax.axis_index("warpgroup")
-  partial_sums = PartialSums.of(plan, ops, sums, warpgroup)
+  if plan.sums is None:
+    out, *parts_sums = refs
+  else:
+    rows, places, out, sums, *parts_sums = refs
+  partial_sums = PartialSums.of(plan, ops, parts_sums, warpgroup)
   queue = tickets.Queue.of(plan.cluster, scratch)
+
+  def sum_first(ring, first_byte):
+    """Sums rows by way of a part of a ring, if this block is to."""
+    if plan.sums is None:
+      return
+    block = lax.axis_index("cluster") * plan.cluster + lax.axis_index("block")
+
+    @pl.when(block < plan.sums.blocks)
+    def _():
+      worker = block * (MULTIPLIERS + 1) + warpgroup
+      ops.sum_choices(
+        plan.sums, worker, ring.at[0], first_byte, rows, places, sums
+      )
 
   @pl.when(warpgroup == MULTIPLIERS)
   def _():
+    # Before it draws tiles: others may take them meanwhile.
+    sum_first(scratch["left_smem"], 0)
     plgpu.set_max_registers(72, action="decrease")
-    _load_tiles(plan, ops, queue, parts, left, right, ids, scratch)
+    load_tiles(plan, ops, queue, parts, left, right, ids, scratch)
 
   @pl.when(warpgroup < MULTIPLIERS)
   def _():
+    sum_first(scratch["right_smem"], warpgroup * plan.right_ring_share)
     plgpu.set_max_registers(216, action="increase")
     _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch)
 
   if plan.cluster > 1:
     ops.meet_cluster()  # An arrival needs its barrier, be it another block's.
-
-
-def _load_tiles(plan, ops, queue, parts, left, right, ids, scratch):
-  """Fills a ring of stages with the steps of all tiles, one after another."""
-  stages, lag = plan.config.num_stages, plan.lag
-  full, empty = scratch["full"], scratch["empty"]
-  sides = (
-    (plan.left, left, scratch["left_smem"]),
-    (plan.right, right, scratch["right_smem"]),
-  )
-  draw = functools.partial(queue.draw, ops.new_counter(), ops.increment)
-
-  def tile(i) -> Tile:
-    return tile_at(plan, parts, queue.read(i))
-
-  def row_ids(t: Tile, k):
-    """Ids of the rows of step k, if an operand reads them."""
-    if not (plan.left.gathered or plan.right.gathered):
-      return ()
-    return ops.load_ids(ids, t.window(k))
-
-  def load_tile(carry):
-    i, step, t, ids, after = carry
-    # Ids a tile ahead, its group's rows two: nobody waits for them.
-    draw(i + tickets.AHEAD)
-    next_ids, after_next = row_ids(after, 0), tile(i + 2)
-
-    def load_step(k, carry):
-      step, ids = carry
-      slot = lt.rem(step, stages)
-      next_ids = row_ids(t, k + 1)
-
-      # All multipliers, of all blocks, are done with this slot.
-      plgpu.barrier_wait(empty.at[slot])
-
-      loads = zip(sides, columns(plan, t), strict=True)
-      # TMA first: one instruction, which runs while rows are copied.
-      for side, col in sorted(loads, key=lambda load: not load[0][0].by_tma):
-        _load_step(ops, side, t, k, col, ids, slot, full)
-      ops.commit()
-
-      @pl.when(step >= lag)
-      def _():
-        ops.wait(lag)
-        plgpu.barrier_arrive(full.at[lt.rem(step - lag, stages)])
-
-      return step + 1, next_ids
-
-    step, _ = lax.fori_loop(0, t.num_steps, load_step, (step, ids))
-    return i + 1, step, after, next_ids, after_next
-
-  for turn in range(tickets.AHEAD):
-    draw(jnp.int32(turn))
-  zero, first = jnp.int32(0), tile(0)
-  i, num_steps, t, _, after = lax.while_loop(
-    lambda carry: (carry[2].number < plan.num_tiles) & (carry[2].num_steps > 0),
-    load_tile,
-    (zero, zero, first, row_ids(first, 0), tile(1)),
-  )
-
-  for behind in range(lag, 0, -1):
-
-    @pl.when(num_steps >= behind)
-    def _(behind=behind):
-      ops.wait(behind - 1)
-      plgpu.barrier_arrive(full.at[lt.rem(num_steps - behind, stages)])
-
-  # The tiles without rows come last. A draw may wait until the multipliers have
-  # read older tickets, and they do once every loaded step is announced.
-  def pass_tile(carry):
-    i, _, after = carry
-    draw(i + tickets.AHEAD)
-    return i + 1, after, tile(i + 2)
-
-  lax.while_loop(
-    lambda carry: carry[1].number < plan.num_tiles, pass_tile, (i, t, after)
-  )
-
-  # See every release before leaving: an arrival needs its barrier.
-  for slot in range(stages):
-    plgpu.barrier_wait(empty.at[slot])
-
-
-def _load_step(ops, side_refs, t: Tile, k, col, ids, slot, full):
-  """Starts loading one operand of step k of a tile to a slot."""
-  side, source, smem = side_refs
-  window = t.window(k)
-
-  def copy_rows(ids, fan_out=1):
-    place = dict(column=col, width=side.width, fan_out=fan_out)
-    ops.copy(source, smem.at[slot], ids, window, **place)
-
-  if side.gathered:
-    return copy_rows(ids, side.fan_out)
-  if not side.by_tma:
-    return copy_rows(ops.range_ids(window))
-  first_row = window[0]
-  inside = (first_row >= t.first) & (first_row + _ROWS <= t.end)
-
-  @pl.when(inside)
-  def _():
-    rows = pl.ds(pl.multiple_of(first_row, 8), _ROWS)
-    plgpu.copy_gmem_to_smem(
-      source.at[rows, pl.ds(col, side.block)],
-      smem.at[slot],
-      full.at[slot],
-      collective_axes="block" if side.shared else None,
-    )
-
-  @pl.when(jnp.logical_not(inside))
-  def _():
-    copy_rows(ops.range_ids(window))
-    # In place of TMA's arrival; the one after the copies is what counts.
-    plgpu.barrier_arrive(full.at[slot])
 
 
 def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):

@@ -11,7 +11,8 @@ cp.async writes zeros where told to read none:
            16 to 23    row r + 2    64 of the         by 64 columns
            24 to 31    row r + 3    block             (see `layouts`).
 
-And numbers drawn from a counter that all blocks share (`tickets`).
+And numbers drawn from a counter that all blocks share (`tickets`), and rows
+summed before products (`choice_sums`).
 
 The interpreter cannot run these; tests exchange them (`ops` in `grouped_xty`).
 """
@@ -25,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, nvvm
 
-from scattermoe_jax.kernels.mosaic import clusters
+from scattermoe_jax.kernels.mosaic import choice_sums, clusters
 from scattermoe_jax.kernels.mosaic import layouts as lt
 
 ROWS = 64
@@ -161,6 +162,7 @@ def commit():
 
 
 wait = lt.wait_async_copies
+sum_choices = choice_sums.sum_choices
 
 
 def new_counter():

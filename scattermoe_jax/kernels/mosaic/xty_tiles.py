@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
 from scattermoe_jax.kernels.config import TileConfig
+from scattermoe_jax.kernels.mosaic.choice_sums import ChoiceSums, choice_sums
 from scattermoe_jax.kernels.mosaic.warpgroup_ops import ROWS
 from scattermoe_jax.kernels.schedule import sum_where
 from scattermoe_jax.kernels.tuning import xty_is_transposed
@@ -69,6 +70,7 @@ class Plan(NamedTuple):
     config: the tiles.
     most_cuts: how many more parts there may be than groups.
     part_rows: rows of a tile that are a block's fair share.
+    sums: what some blocks sum before they multiply; None if nothing.
   """
 
   left: Side
@@ -79,6 +81,7 @@ class Plan(NamedTuple):
   config: TileConfig
   most_cuts: int
   part_rows: int
+  sums: ChoiceSums | None = None
 
   @property
   def cluster(self) -> int:
@@ -115,6 +118,29 @@ class Plan(NamedTuple):
   def num_tiles(self) -> int:
     """The most tiles of all parts."""
     return self.num_parts * self.per_part
+
+  @property
+  def right_ring_share(self) -> int:
+    """Bytes of right's stages that each multiplier may fill by itself."""
+    return self._bytes_of_stages(self.right) // MULTIPLIERS
+
+  def with_sums(self, rows, routing: Routing) -> "Plan":
+    """Returns this plan, with a sum of k rows beside it if that pays."""
+    left_ring = self._bytes_of_stages(self.left)
+    sums = choice_sums(
+      rows,
+      routing.top_k,
+      products=routing.num_rows * self.left.width * self.right.width,
+      num_tiles=self.num_experts * self.per_part,
+      num_blocks=self.config.num_sms,
+      warpgroups=MULTIPLIERS + 1,
+      ring_bytes=min(left_ring, self.right_ring_share),
+    )
+    return self._replace(sums=sums)
+
+  def _bytes_of_stages(self, side: Side) -> int:
+    stage = ROWS * side.block * self.dtype.itemsize
+    return self.config.num_stages * stage
 
   @property
   def lag(self) -> int:
