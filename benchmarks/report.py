@@ -97,6 +97,8 @@ _STEPS, _FORWARD = _layers("forward+backward"), _layers("forward")
 _PRODUCTS = Section(
   "bench_ops", tables.ops, only={"implementation": ("mosaic",)}
 )
+_MEMORY = Section("bench_memory", tables.memory)
+_TRAINING = Section("bench_train", tables.training)
 SECTIONS = (
   _STEPS._replace(in_readme=("C1", "C2", "C3")),
   _FORWARD,
@@ -106,7 +108,8 @@ SECTIONS = (
   _PRODUCTS._replace(device="h100"),
   Section("bench_attention", tables.attention, in_readme=("k8",)),
   Section("train_attention", tables.learning, device="cpu"),
-  Section("bench_memory", tables.memory),
+  _MEMORY,
+  _MEMORY._replace(device="h100"),
   Section(
     "bench_granularity",
     functools.partial(tables.by_k, title="narrower experts, the same work"),
@@ -115,7 +118,8 @@ SECTIONS = (
     "bench_sparsity",
     functools.partial(tables.by_k, title="more of 64 experts"),
   ),
-  Section("bench_train", tables.training, in_readme=True),
+  _TRAINING._replace(in_readme=True),
+  _TRAINING._replace(device="h100"),
   Section("bench_router", tables.router),
   Section("bench_decode", tables.decoding),
   Section(
