@@ -488,13 +488,14 @@ def _say(shape: Shape, what: str, start: float) -> None:
 
 
 def _line(r: dict[str, Any]) -> str:
-  memory = " ".join(
+  rest = [f"{r['of_dense']:.3f} of dense"] if "of_dense" in r else []
+  rest += [
     f"{key} {r[key]:.0f} MiB" for key in ("peak_mib", "held_mib") if r[key]
-  )
+  ]
   return (
     f"{r['shape']:>10} {r['direction']:<17} {r['implementation']:<23} "
     f"{r['ms_median']:9.4f} ms [{r['ms_p20']:.4f}, {r['ms_p80']:.4f}] "
-    f"{r['tflops']:7.1f} TFLOP/s  {r.get('of_dense', 0):.3f} of dense  {memory}"
+    f"{r['tflops']:7.1f} TFLOP/s  {'  '.join(rest)}"
   )
 
 

@@ -169,6 +169,15 @@ def test_bench_mlp_chunks_are_whole_tiles_if_they_can(width, count):
   assert bench_mlp.chunks_of(width) == count
 
 
+def test_bench_mlp_says_nothing_of_dense_products_that_did_not_run(capsys):
+  options = ["--shapes", "tiny", "--directions", "forward", "--backend", "xla"]
+  options += ["--samples", "2", "--sample-ms", "1", "--implementations"]
+  bench_mlp.main([*options, "scattermoe_jax"])
+  assert "of dense" not in capsys.readouterr().out
+  bench_mlp.main([*options, "scattermoe_jax", "dense"])
+  assert "of dense" in capsys.readouterr().out
+
+
 def test_bench_mlp_counts_what_is_held_beside_the_inputs():
   data = jax.eval_shape(
     functools.partial(bench_mlp._inputs, shapes.SHAPES["tiny"], "random")
