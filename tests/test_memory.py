@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import scattermoe_jax as sm
 from scattermoe_jax.kernels import composed, xla
@@ -66,7 +67,14 @@ def test_chunks_lower_the_peak():
 
 
 @pytest.mark.parametrize(
-  "case", ["rows_outgrow_dw_in", "frozen_w_in", "rows_fit_in_dw_in"]
+  "case",
+  [
+    "rows_outgrow_dw_in",
+    "rows_fit_in_dw_in",
+    "frozen_w_in",
+    "frozen_x",
+    "on_a_mesh",
+  ],
 )
 def test_gradients_are_made_one_after_the_other(monkeypatch, case):
   calls, within = [], []
@@ -102,9 +110,21 @@ def test_gradients_are_made_one_after_the_other(monkeypatch, case):
   assert T * k * d == w_in.size
   if case != "rows_fit_in_dw_in":
     w_in = w_in[:, :, :n]  # Without a gate.
-  # Of weights that nobody trains dw_in is a call by itself, for XLA to drop.
-  trained = 0 if case == "frozen_w_in" else (0, 1)
-  jax.make_jaxpr(jax.grad(loss, trained))(x, w_in, routing)
+  # What nobody wants is a call by itself, for XLA to drop.
+  wanted = {"frozen_w_in": 0, "frozen_x": 1}.get(case, (0, 1))
+  gradients = jax.grad(loss, wanted)
+  if case == "on_a_mesh":
+    automatic = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(automatic,))
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    gradients = jax.shard_map(
+      lambda *operands: jax.grad(loss, (0, 1))(*operands)[0],
+      mesh=mesh,
+      in_specs=(split, whole, whole),
+      out_specs=split,
+    )
+    x = jnp.concatenate([x, x])
+  jax.make_jaxpr(gradients)(x, w_in, routing)
   backward = calls[calls.index("down_projection_grad") + 1 :]
   dx_and_dw_in = ["scatter2scatter", "group_xty_and_sum"]
   if case != "rows_outgrow_dw_in":

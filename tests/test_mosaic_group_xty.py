@@ -18,6 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from scattermoe_jax._compat import Device, current_device
 from scattermoe_jax.kernels import Problem, mosaic, sum_choices, tuning, xla
 from scattermoe_jax.kernels.config import TileConfig
+from scattermoe_jax.ops import smoe_mlp
 from scattermoe_jax.routing import route
 from tests import oracle
 from tests.accuracy import assert_accurate
@@ -68,19 +69,19 @@ class InterpretedOps:
     pass
 
   @staticmethod
-  def sum_choices(sums, worker, smem, first_byte, rows, places, out):
+  def sum_share(plan, worker, smem, first_byte, rows, places, out):
     del smem, first_byte  # Rows pass no shared memory here.
-    workers = sums.blocks * sums.warpgroups
+    workers = plan.blocks * plan.warpgroups
 
     def sum_token(i, _):
       token = worker + i * workers
-      total = jnp.zeros((sums.width,), jnp.float32)
-      for j in range(sums.top_k):
+      total = jnp.zeros((plan.width,), jnp.float32)
+      for j in range(plan.top_k):
         total += rows[places[token, j], :].astype(jnp.float32)
-      out[token, :] = total.astype(sums.dtype)
+      out[token, :] = total.astype(plan.dtype)
 
     lax.fori_loop(
-      0, pl.cdiv(sums.num_tokens - worker, workers), sum_token, None
+      0, pl.cdiv(plan.num_tokens - worker, workers), sum_token, None
     )
 
   def new_flags(self, count):
@@ -289,7 +290,7 @@ def sum_beside_every_product(monkeypatch):
   monkeypatch.setattr(choice_sums, "_PRODUCTS_PER_SUM", 1)
 
 
-@pytest.mark.parametrize("num_sms", [4, 3])
+@pytest.mark.parametrize("num_sms", [4, 3, 1])
 @pytest.mark.parametrize("x_grouped", [False, True])
 def test_blocks_that_sum_first_multiply_what_is_left(
   monkeypatch, x_grouped, num_sms
@@ -323,15 +324,19 @@ def summing(**changes):
     warpgroups=3,
     ring_bytes=65536,
   )
-  rows = jax.ShapeDtypeStruct((262144, changes.pop("width", 4096)), "bfloat16")
+  rows = jax.ShapeDtypeStruct(
+    (changes.pop("num_rows", 262144), changes.pop("width", 4096)),
+    changes.pop("dtype", "bfloat16"),
+  )
   top_k = changes.pop("top_k", 8)
-  return choice_sums.choice_sums(rows, top_k, **problem | changes)
+  return choice_sums.plan_sum(rows, top_k, **problem | changes)
 
 
 def test_a_sum_takes_the_share_of_blocks_that_ends_before_the_product():
   assert summing().blocks == 6
   assert summing(products=262144 * 4096 * 512).blocks == 20
   assert summing(products=262144 * 4096 * 65536).blocks == 2
+  assert summing(num_blocks=1, num_tiles=8).blocks == 1
   assert (summing().groups, summing(top_k=16).groups) == (4, 2)
 
 
@@ -342,6 +347,8 @@ def test_a_sum_takes_the_share_of_blocks_that_ends_before_the_product():
     dict(num_tiles=1000),  # Who comes late finds none.
     dict(top_k=32),  # No slots for two sums of k rows.
     dict(width=4092),  # No whole chunks.
+    dict(dtype="float32"),  # Chunks are of 16 bits a number.
+    dict(num_rows=2**21, products=2**52),  # More than 32 bits count.
   ],
 )
 def test_a_sum_that_would_not_end_in_time_is_made_alone(changes):
@@ -533,6 +540,52 @@ def test_a_sum_beside_group_xty_lowers_without_a_gpu(k):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
   [call] = [line for line in text.splitlines() if "call @mosaic_gpu" in line]
   assert f"tensor<{num_tokens}x{d}xbf16>" in call.rpartition("->")[2]
+
+
+@pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,)])
+def test_a_layer_sums_dx_beside_dw_in_if_both_are_wanted(wanted):
+  num_tokens, k, num_experts, d, n = 32768, 16, 256, 4096, 256
+  array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+  ids = jax.ShapeDtypeStruct((num_tokens, k), jnp.int32)
+
+  def loss(x, w_in, w_out, ids):
+    gates = jnp.ones((num_tokens, k))
+    routing = route(ids, num_experts)
+    y = smoe_mlp(x, gates, routing, w_in, w_out, implementation="mosaic")
+    return jnp.sum(y.astype(jnp.float32))
+
+  with h200():
+    traced = jax.jit(jax.grad(loss, wanted)).trace(
+      array(num_tokens, d),
+      array(num_experts, d, 2 * n),
+      array(num_experts, n, d),
+      ids,
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  dw_in, dx = f"{num_experts}x{d}x{2 * n}xbf16", f"{num_tokens}x{d}xbf16"
+  results = [
+    line.rpartition("->")[2]
+    for line in text.splitlines()
+    if "call @mosaic_gpu" in line
+  ]
+  together = [made for made in results if dw_in in made and dx in made]
+  assert len(together) == (wanted == (0, 1))
+
+
+def test_group_xty_is_mapped_one_member_after_the_other():
+  # Launches of one grid would draw their tiles from one counter.
+  x, y = operands(False, True, 64, 64)
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  product = lambda x, y: group_xty(x, y, routing, y_grouped=True)
+  mapped = jax.vmap(product)
+  with h200():
+    alone = jax.jit(product).trace(x, y)
+    both = jax.jit(mapped).trace(x[None], y[None])
+    alone, both = (
+      traced.lower(lowering_platforms=("cuda",)).as_text()
+      for traced in (alone, both)
+    )
+  assert "stablehlo.while" in both and "stablehlo.while" not in alone
 
 
 def on_gpu(x, y, routing, **layout):

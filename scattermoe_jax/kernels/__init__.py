@@ -27,16 +27,16 @@ A backend is a module with the functions below. None of them is differentiable;
 
   group_xty_and_sum(x, y, rows, routing, *, x_grouped, y_grouped, precision)
       -> (xty, sums)
-      xty = group_xty(x, y); sums[t] = sum_j rows[grouped row of choice j of t].
-      Neither needs the other: one kernel may wait for memory and for the tensor
-      core at once.
+      xty = group_xty(x, y); sums[t] = sum_j rows[grouped row of choice j of t],
+      (T, w), those of no group too: they must be zero. Neither needs the other:
+      one kernel may wait for memory and for the tensor core at once.
 
 Rows: a scattered operand has S rows, or T rows of which the k choices of a
-token share one; a grouped operand has S rows. Outputs have S rows. Rows of
+token share one; a grouped operand has S rows. Outputs of rows have S. Rows of
 no group (`Routing`) are zero in every output. Sums are accumulated in float32
 (float64 for float64) and stored in the dtype of x.
 Source: ScatterMoE (Tan et al., 2024), scatter2scatter and groupXtY; SonicMoE
-(Guo et al., 2025, arXiv 2512.14080), algorithm 3, for the last.
+(Guo et al., 2025, arXiv 2512.14080), algorithm 3, for `down_projection_grad`.
 """
 
 from scattermoe_jax.kernels.composed import sum_choices

@@ -133,9 +133,10 @@ class _Static(NamedTuple):
 
 @register_static
 @dataclasses.dataclass(frozen=True)
-class _Trained:
-  """What is differentiated: known while tracing, part of no array."""
+class _Differentiated:
+  """Which operands are: known while tracing, and part of no array."""
 
+  x: bool
   w_in: bool
 
 
@@ -177,17 +178,19 @@ def _forward(
 
 
 def _fwd(static, *primals):
-  trained = _Trained(w_in=primals[2].perturbed)
+  x, _, w_in, *_ = primals
+  differentiated = _Differentiated(x.perturbed, w_in.perturbed)
   primals = custom_vjp_primal_tree_values(primals)
   y, h = _forward(static, *primals, keep_h=True)
   h = checkpoint_name(h, "smoe_h")
-  return y, (trained, h, *primals)
+  return y, (differentiated, h, *primals)
 
 
 def _bwd(static, residuals, dy):
   backend, activation, num_chunks, precision = static
   residuals, dy = first_derivative_only("smoe_mlp", (residuals, dy))
-  trained, h, x, gates, w_in, w_out, bias_in, bias_out, routing = residuals
+  differentiated, h, *primals = residuals
+  x, gates, w_in, w_out, bias_in, bias_out, routing = primals
   # What the backward makes of gates is not made, and held, in the forward.
   gates, dy = lax.optimization_barrier((gates, dy))
   row_gates = gates_of_rows(gates, routing)
@@ -221,10 +224,14 @@ def _bwd(static, residuals, dy):
       precision=precision,
     )
 
-  # Of one kernel where rows outgrow dw_in, which could not take their place in
-  # memory then; and where both are wanted, since XLA can drop neither of them.
+  # By one kernel, of which XLA can drop neither: so only where both are wanted;
+  # where rows of dx outgrow dw_in, since smaller ones would have its memory
+  # first; and not on a mesh, where rows may be of other devices' experts, and
+  # the product too short to sum all of them beside it.
+  both_wanted = differentiated.x and differentiated.w_in
   outgrow = routing.num_rows * x.shape[1] > w_in.size
-  if num_chunks == 1 and trained.w_in and outgrow:
+  on_mesh = varying_axes(x, routing)
+  if num_chunks == 1 and both_wanted and outgrow and not on_mesh:
     dw_in, dx = backend.group_xty_and_sum(
       x, dh, rows_of_dx(dh), routing, y_grouped=True, precision=precision
     )

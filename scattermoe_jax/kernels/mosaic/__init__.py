@@ -297,12 +297,12 @@ def group_xty_and_sum(
   precision=None,
   config: TileConfig | None = None,
 ) -> tuple[Float[Array, "E d n"], Float[Array, "T w"]]:
-  """Returns `group_xty`, and the sum of each token's k grouped rows.
+  """Returns `group_xty`, and the sum of each token's k rows of `rows`.
 
   Args:
-    x: see `group_xty`, as the rest.
+    x: see `group_xty`, as all but `rows`.
     y: see there.
-    rows: (S, w) in grouped order.
+    rows: (S, w) in grouped order; zero where they are of no group.
     routing: see there.
     x_grouped: see there.
     y_grouped: see there.

@@ -25,17 +25,22 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from scattermoe_jax.kernels.mosaic import layouts as lt
 
-# What a block multiplies and adds up while another sums one number, and as
-# much again as the sums may take less than the products: at C1 to C3, A, B_64_8
-# and B_128_16 the best shares of blocks are about these.
-_PRODUCTS_PER_SUM = 76
-# Of the blocks; of fewer tiles each a block that comes late finds none left.
+# Numbers that a block multiplies while another sums one: 650 TFLOP/s of 132
+# blocks, and 85 GB/s of one, as measured on an H100.
+_PRODUCTS_PER_SUM = 58
+# How much of the time of the product the sum may take. Blocks that come later
+# find too few tiles to catch up.
+_SUM_TIME = 0.76
+# Where more blocks would have to sum, or blocks have fewer tiles than this, the
+# sum is better made by itself.
 _MOST_BLOCKS, _LEAST_TILES_EACH = 1 / 4, 8
+# Chunks of 16 bytes that 32 bits count, with some to spare.
+_MOST_CHUNKS = 2**30
 _SLOT_BYTES = 16 * lt.WARPGROUP
 
 
-class ChoiceSums(NamedTuple):
-  """A sum of k rows beside a product: what is known when it is traced.
+class SumPlan(NamedTuple):
+  """A sum of k rows beside a product, as far as it is known while tracing.
 
   Attributes:
     num_tokens: T.
@@ -71,7 +76,7 @@ class ChoiceSums(NamedTuple):
     return self.width // lt.CHUNK
 
 
-def choice_sums(
+def plan_sum(
   rows,
   top_k: int,
   *,
@@ -80,7 +85,7 @@ def choice_sums(
   num_blocks: int,
   warpgroups: int,
   ring_bytes: int,
-) -> ChoiceSums | None:
+) -> SumPlan | None:
   """Returns how rows are summed beside a product; None where it would not pay.
 
   Args:
@@ -93,94 +98,96 @@ def choice_sums(
     ring_bytes: of shared memory that each warpgroup may fill meanwhile.
   """
   num_rows, width = rows.shape
-  share = _PRODUCTS_PER_SUM * rows.size / products
-  # Whole clusters of two sum.
-  blocks = 2 * math.ceil(share * num_blocks / 2)
+  share = _PRODUCTS_PER_SUM / _SUM_TIME * rows.size / products
+  # Whole clusters of two sum, if there are any.
+  blocks = min(2 * math.ceil(share * num_blocks / 2), num_blocks)
   groups = ring_bytes // (_SLOT_BYTES * top_k)
   if (
     share > _MOST_BLOCKS
     or num_tiles < _LEAST_TILES_EACH * num_blocks
     or groups < 2
     or width % lt.CHUNK
+    or rows.dtype.itemsize != 2
+    or rows.size // lt.CHUNK >= _MOST_CHUNKS
   ):
     return None
-  return ChoiceSums(
+  return SumPlan(
     num_rows // top_k, top_k, width, rows.dtype, blocks, warpgroups, groups
   )
 
 
-def sum_choices(
-  sums: ChoiceSums, worker, smem, first_byte, rows, places, out
+def sum_share(
+  plan: SumPlan, worker, smem, first_byte, rows, places, out
 ) -> None:
   """Sums this warpgroup's share of all chunks.
 
   Args:
-    sums: what is summed.
+    plan: what is summed.
     worker: which of the warpgroups that sum this is.
-    smem: the first stage of a ring in shared memory.
+    smem: the first stage of a ring in shared memory; the others follow it.
     first_byte: of the warpgroup's part of the ring.
     rows: (S, width) in global memory.
     places: (T, k), the row of each choice.
     out: (T, width) in global memory.
   """
-  workers = sums.blocks * sums.warpgroups
-  turns = lt.cdiv(lt.cdiv(sums.num_chunks, lt.WARPGROUP) - worker, workers)
+  workers = plan.blocks * plan.warpgroups
+  turns = lt.cdiv(lt.cdiv(plan.num_chunks, lt.WARPGROUP) - worker, workers)
 
   def first_chunk(turn):
     return (worker + turn * workers) * lt.WARPGROUP
 
   def slots(turn):
-    group = lt.rem(jnp.int32(turn), sums.groups)
-    return first_byte + group * sums.top_k * _SLOT_BYTES
+    group = lt.rem(jnp.int32(turn), plan.groups)
+    return first_byte + group * plan.top_k * _SLOT_BYTES
 
   def copy(turn, found):
-    _copy(sums, smem, slots(turn), rows, found, first_chunk(turn))
+    _copy(plan, smem, slots(turn), rows, found, first_chunk(turn))
 
-  for ahead in range(sums.groups):
-    copy(ahead, _look_up(sums, places, first_chunk(ahead)))
+  for ahead in range(plan.groups):
+    copy(ahead, _look_up(plan, places, first_chunk(ahead)))
 
   def sum_chunks(turn, found):
     # Places are a turn ahead of copies, and copies `groups` of the sum.
-    soon = _look_up(sums, places, first_chunk(turn + sums.groups + 1))
-    _sum(sums, smem, slots(turn), out, first_chunk(turn))
-    copy(turn + sums.groups, found)
+    soon = _look_up(plan, places, first_chunk(turn + plan.groups + 1))
+    _sum(plan, smem, slots(turn), out, first_chunk(turn))
+    copy(turn + plan.groups, found)
     return soon
 
-  found = _look_up(sums, places, first_chunk(sums.groups))
+  found = _look_up(plan, places, first_chunk(plan.groups))
   lax.fori_loop(0, turns, sum_chunks, found)
   # Before others write to the slots, be it another block's TMA.
   lt.wait_async_copies(0)
   plgpu.commit_smem()
 
 
-def _look_up(sums: ChoiceSums, places, first_chunk):
+def _look_up(plan: SumPlan, places, first_chunk):
   """Returns the rows of the k choices of this thread's chunk."""
-  in_quads = sums.top_k % 4 == 0
+  in_quads = plan.top_k % 4 == 0
 
   @plgpu.inline_mgpu(
     arg_types=(plgpu.RefType(), lt.SCALAR),
-    return_type=lt.per_thread_type(sums.top_k),
+    return_type=lt.per_thread_type(plan.top_k),
   )
   def look_up(_, places, first_chunk):
-    _, token, _ = _my_chunk(sums, first_chunk)
-    first = arith.muli(token, lt.const(sums.top_k))
+    _, token, _ = _my_chunk(plan, first_chunk)
+    first = arith.muli(token, lt.const(plan.top_k))
     if not in_quads:
-      positions = [arith.addi(first, lt.const(j)) for j in range(sums.top_k)]
-      return lt.pack([lt.load_id(places, p) for p in positions], sums.top_k)
+      positions = [arith.addi(first, lt.const(j)) for j in range(plan.top_k)]
+      return lt.pack([lt.load_id(places, p) for p in positions], plan.top_k)
     quad = ir.VectorType.get((4,), lt.i32())
     begin = lt.at_chunk(
       lt.global_pointer(places), arith.shrui(first, lt.const(2))
     )
     found = []
-    for j in range(0, sums.top_k, 4):
+    for j in range(0, plan.top_k, 4):
       four = llvm.load(quad, lt.at_byte(begin, 4 * j), alignment=16)
       found += lt.elements(four)
-    return lt.pack(found, sums.top_k)
+    return lt.pack(found, plan.top_k)
 
   return look_up(places, lt.int32(first_chunk))
 
 
-def _copy(sums: ChoiceSums, smem, slots, rows, found, first_chunk) -> None:
+def _copy(plan: SumPlan, smem, slots, rows, found, first_chunk) -> None:
   """Starts copying this thread's chunk of its k rows to its slots."""
 
   @plgpu.inline_mgpu(
@@ -188,18 +195,18 @@ def _copy(sums: ChoiceSums, smem, slots, rows, found, first_chunk) -> None:
       plgpu.RefType(lt.OPERAND),
       lt.SCALAR,
       plgpu.RefType(),
-      lt.per_thread(sums.top_k),
+      lt.per_thread(plan.top_k),
       lt.SCALAR,
     )
   )
   def copy(_, smem, slots, rows, found, first_chunk):
-    _, _, chunk = _my_chunk(sums, first_chunk)
+    _, _, chunk = _my_chunk(plan, first_chunk)
     source = lt.at_chunk(lt.global_pointer(rows), chunk)
     target = _my_slots(smem, slots)
     for j, row in enumerate(lt.unpack(found)):
       nvvm.cp_async_shared_global(
         lt.at_byte(target, j * _SLOT_BYTES),
-        lt.at_chunk(source, lt.row_chunk(row, 1, sums.width)),
+        lt.at_chunk(source, lt.row_chunk(row, 1, plan.width)),
         16,
         nvvm.LoadCacheModifierKind.CG,
       )
@@ -209,7 +216,7 @@ def _copy(sums: ChoiceSums, smem, slots, rows, found, first_chunk) -> None:
   copy(smem, lt.int32(slots), rows, found, lt.int32(first_chunk))
 
 
-def _sum(sums: ChoiceSums, smem, slots, out, first_chunk) -> None:
+def _sum(plan: SumPlan, smem, slots, out, first_chunk) -> None:
   """Stores the sum of this thread's slots, once they are filled."""
 
   @plgpu.inline_mgpu(
@@ -221,12 +228,12 @@ def _sum(sums: ChoiceSums, smem, slots, out, first_chunk) -> None:
     narrow_type = ir.MemRefType(out.type).element_type
     narrow = ir.VectorType.get((lt.CHUNK,), narrow_type)
     wide = ir.VectorType.get((lt.CHUNK,), ir.F32Type.get())
-    place, _, _ = _my_chunk(sums, first_chunk)
+    place, _, _ = _my_chunk(plan, first_chunk)
     source = _my_slots(smem, slots)
-    nvvm.cp_async_wait_group(sums.groups - 1)
+    nvvm.cp_async_wait_group(plan.groups - 1)
     chunks = [
       llvm.load(narrow, lt.at_byte(source, j * _SLOT_BYTES), alignment=16)
-      for j in range(sums.top_k)
+      for j in range(plan.top_k)
     ]
     total, *others = [arith.extf(wide, chunk) for chunk in chunks]
     for other in others:
@@ -238,13 +245,13 @@ def _sum(sums: ChoiceSums, smem, slots, out, first_chunk) -> None:
   add_up(smem, lt.int32(slots), out, lt.int32(first_chunk))
 
 
-def _my_chunk(sums: ChoiceSums, first_chunk) -> tuple[ir.Value, ...]:
+def _my_chunk(plan: SumPlan, first_chunk) -> tuple[ir.Value, ...]:
   """Returns this thread's chunk: of all, its token, and of the token's."""
   place = arith.addi(lt.scalar(first_chunk), lt.thread_index())
   # Threads past the end sum the last chunk too, to the same bits.
-  place = arith.minsi(place, lt.const(sums.num_chunks - 1))
-  token = arith.divui(place, lt.const(sums.chunks_of_row))
-  before = arith.muli(token, lt.const(sums.chunks_of_row))
+  place = arith.minsi(place, lt.const(plan.num_chunks - 1))
+  token = arith.divui(place, lt.const(plan.chunks_of_row))
+  before = arith.muli(token, lt.const(plan.chunks_of_row))
   return place, token, arith.subi(place, before)
 
 

@@ -106,8 +106,8 @@ def group_xty_and_sum(
   if 0 in (routing.num_rows, x.shape[1], y.shape[1], rows.shape[1]):
     return None
   plan = _plan(x, y, routing, x_grouped, y_grouped, config)
-  plan = plan.with_sums(rows, routing)
-  if plan.sums is None:
+  plan = plan.with_sum(rows, routing)
+  if plan.sum_plan is None:
     return None
   return tuple(_launch(x, y, rows, routing, plan=plan, ops=ops))
 
@@ -124,12 +124,18 @@ def _plan(x, y, routing: Routing, x_grouped, y_grouped, config) -> Plan:
 
 @functools.partial(jax.jit, static_argnames=("plan", "ops"))
 def _launch(x, y, rows, routing: Routing, *, plan: Plan, ops: Any):
+  # Launches of one grid would draw tiles from one counter.
+  run = functools.partial(_run, plan, ops)
+  return jax.custom_batching.sequential_vmap(run)(x, y, rows, routing)
+
+
+def _run(plan: Plan, ops, x, y, rows, routing: Routing) -> list[Array]:
   left, right = (y, x) if plan.transposed else (x, y)
   shape = (routing.num_experts, x.shape[1], y.shape[1])
   outs = [jax.ShapeDtypeStruct(shape, x.dtype)]
   summed: list[Array] = []
-  if plan.sums is not None:
-    outs.append(plan.sums.out_type)
+  if plan.sum_plan is not None:
+    outs.append(plan.sum_plan.out_type)
     summed = [rows, routing.grouped_ids]
   made = _kernel(plan, outs, ops)(
     left, right, routing.scattered_ids, parts_of_groups(plan, routing), *summed
@@ -188,24 +194,24 @@ def _store_transforms(width: int):
 def _body(plan, ops, left, right, ids, parts, *refs, **scratch):
   """One block: a loader and two multipliers, each walking the same tiles."""
   warpgroup = lax.axis_index("warpgroup")
-  if plan.sums is None:
-    out, *parts_sums = refs
+  if plan.sum_plan is None:
+    out, *of_parts = refs
   else:
-    rows, places, out, sums, *parts_sums = refs
-  partial_sums = PartialSums.of(plan, ops, parts_sums, warpgroup)
+    rows, places, out, sums, *of_parts = refs
+  partial_sums = PartialSums.of(plan, ops, of_parts, warpgroup)
   queue = tickets.Queue.of(plan.cluster, scratch)
 
   def sum_first(ring, first_byte):
     """Sums rows by way of a part of a ring, if this block is to."""
-    if plan.sums is None:
+    if plan.sum_plan is None:
       return
     block = lax.axis_index("cluster") * plan.cluster + lax.axis_index("block")
 
-    @pl.when(block < plan.sums.blocks)
+    @pl.when(block < plan.sum_plan.blocks)
     def _():
       worker = block * (MULTIPLIERS + 1) + warpgroup
-      ops.sum_choices(
-        plan.sums, worker, ring.at[0], first_byte, rows, places, sums
+      ops.sum_share(
+        plan.sum_plan, worker, ring.at[0], first_byte, rows, places, sums
       )
 
   @pl.when(warpgroup == MULTIPLIERS)
@@ -217,7 +223,7 @@ def _body(plan, ops, left, right, ids, parts, *refs, **scratch):
 
   @pl.when(warpgroup < MULTIPLIERS)
   def _():
-    sum_first(scratch["right_smem"], warpgroup * plan.right_ring_share)
+    sum_first(scratch["right_smem"], warpgroup * plan.ring_shares[1])
     plgpu.set_max_registers(216, action="increase")
     _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch)
 

@@ -162,7 +162,7 @@ def commit():
 
 
 wait = lt.wait_async_copies
-sum_choices = choice_sums.sum_choices
+sum_share = choice_sums.sum_share
 
 
 def new_counter():

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
 from scattermoe_jax.kernels.config import TileConfig
-from scattermoe_jax.kernels.mosaic.choice_sums import ChoiceSums, choice_sums
+from scattermoe_jax.kernels.mosaic.choice_sums import SumPlan, plan_sum
 from scattermoe_jax.kernels.mosaic.warpgroup_ops import ROWS
 from scattermoe_jax.kernels.schedule import sum_where
 from scattermoe_jax.kernels.tuning import xty_is_transposed
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
     config: the tiles.
     most_cuts: how many more parts there may be than groups.
     part_rows: rows of a tile that are a block's fair share.
-    sums: what some blocks sum before they multiply; None if nothing.
+    sum_plan: what some blocks sum before they multiply; None if nothing.
   """
 
   left: Side
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
   config: TileConfig
   most_cuts: int
   part_rows: int
-  sums: ChoiceSums | None = None
+  sum_plan: SumPlan | None = None
 
   @property
   def cluster(self) -> int:
@@ -120,27 +120,29 @@ class Plan(NamedTuple):
     return self.num_parts * self.per_part
 
   @property
-  def right_ring_share(self) -> int:
-    """Bytes of right's stages that each multiplier may fill by itself."""
-    return self._bytes_of_stages(self.right) // MULTIPLIERS
+  def ring_shares(self) -> tuple[int, int]:
+    """Bytes of the rings that are a warpgroup's own until operands come.
 
-  def with_sums(self, rows, routing: Routing) -> "Plan":
+    The loader has all of left's, each multiplier its part of right's.
+    """
+    left, right = (
+      self.config.num_stages * ROWS * side.block * self.dtype.itemsize
+      for side in (self.left, self.right)
+    )
+    return left, right // MULTIPLIERS
+
+  def with_sum(self, rows, routing: Routing) -> "Plan":
     """Returns this plan, with a sum of k rows beside it if that pays."""
-    left_ring = self._bytes_of_stages(self.left)
-    sums = choice_sums(
+    sum_plan = plan_sum(
       rows,
       routing.top_k,
       products=routing.num_rows * self.left.width * self.right.width,
       num_tiles=self.num_experts * self.per_part,
       num_blocks=self.config.num_sms,
       warpgroups=MULTIPLIERS + 1,
-      ring_bytes=min(left_ring, self.right_ring_share),
+      ring_bytes=min(self.ring_shares),
     )
-    return self._replace(sums=sums)
-
-  def _bytes_of_stages(self, side: Side) -> int:
-    stage = ROWS * side.block * self.dtype.itemsize
-    return self.config.num_stages * stage
+    return self._replace(sum_plan=sum_plan)
 
   @property
   def lag(self) -> int:
