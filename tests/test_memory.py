@@ -112,13 +112,13 @@ def test_gradients_are_made_one_after_the_other(monkeypatch, case):
     w_in = w_in[:, :, :n]  # Without a gate.
   # What nobody wants is a call by itself, for XLA to drop.
   wanted = {"frozen_w_in": 0, "frozen_x": 1}.get(case, (0, 1))
-  gradients = jax.grad(loss, wanted)
+  on_one_device = gradients = jax.grad(loss, wanted)
   if case == "on_a_mesh":
     automatic = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((2,), ("data",), axis_types=(automatic,))
     split, whole = PartitionSpec("data"), PartitionSpec()
     gradients = jax.shard_map(
-      lambda *operands: jax.grad(loss, (0, 1))(*operands)[0],
+      lambda *operands: on_one_device(*operands)[0],
       mesh=mesh,
       in_specs=(split, whole, whole),
       out_specs=split,

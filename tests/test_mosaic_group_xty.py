@@ -150,19 +150,13 @@ def operands(x_grouped, y_grouped, d, n, ids=IDS, dtype=jnp.bfloat16, seed=0):
   return x, y
 
 
-def interpreted(x, y, routing, config, *, races=False, **layout):
+def interpreted(*arrays, config, product=group_xty, races=False, **layout):
   params = plgpu.InterpretGPUParams(detect_races=races)
+  ops = InterpretedOps(config.num_sms)
   with plgpu.force_gpu_interpret_mode(params):
     return jax.jit(
-      lambda x, y, routing: group_xty(
-        x,
-        y,
-        routing,
-        config=config,
-        ops=InterpretedOps(config.num_sms),
-        **layout,
-      )
-    )(x, y, routing)
+      lambda *arrays: product(*arrays, config=config, ops=ops, **layout)
+    )(*arrays)
 
 
 def assert_interpreted_equals_oracle(
@@ -170,7 +164,7 @@ def assert_interpreted_equals_oracle(
 ):
   """Asserts the interpreted kernel's results; returns them."""
   routing = route(jnp.asarray(ids), num_experts)
-  got = interpreted(x, y, routing, config, races=races, **layout)
+  got = interpreted(x, y, routing, config=config, races=races, **layout)
   truth = oracle.group_xty(x, y, ids, num_experts, **layout)
   assert_accurate(got, truth, xla.group_xty(x, y, routing, **layout))
   return got
@@ -302,13 +296,8 @@ def test_blocks_that_sum_first_multiply_what_is_left(
   routing = route(jnp.asarray(IDS), EXPERTS)
   blocks = (64, 128) if x_grouped else (128, 64)
   config = TileConfig(*blocks, num_stages=3, num_sms=num_sms)
-  params = plgpu.InterpretGPUParams(detect_races=True)
-  with plgpu.force_gpu_interpret_mode(params):
-    xty, sums = jax.jit(
-      lambda *operands: group_xty_and_sum(
-        *operands, config=config, ops=InterpretedOps(num_sms), **layout
-      )
-    )(x, y, rows, routing)
+  options = dict(config=config, product=group_xty_and_sum, races=True)
+  xty, sums = interpreted(x, y, rows, routing, **options, **layout)
   truth = oracle.group_xty(x, y, IDS, EXPERTS, **layout)
   assert_accurate(xty, truth, xla.group_xty(x, y, routing, **layout))
   ones = np.ones(IDS.shape)
@@ -473,7 +462,9 @@ def test_group_xty_gathering_y_keeps_a_neighbours_nan_out():
   poisoned = jnp.where(others[:, None], jnp.asarray(np.nan, x.dtype), x)
   # One block, so that each tile follows another in the same buffers.
   config = TileConfig(64, 128, num_stages=4, num_sms=1)
-  got = interpreted(poisoned, y, routing, config, x_grouped=True, races=True)
+  got = interpreted(
+    poisoned, y, routing, config=config, x_grouped=True, races=True
+  )
   truth = oracle.group_xty(x, y, IDS, EXPERTS, x_grouped=True)
   baseline = xla.group_xty(x, y, routing, x_grouped=True)
   assert_accurate(got[1], truth[1], baseline[1])
@@ -603,6 +594,14 @@ def distinct_ids(rng, num_tokens, k, num_experts, skew=0.0):
   return np.argsort(-noise, axis=1)[:, :k].astype(np.int32)
 
 
+def distinct_or_nowhere(num_tokens, k, num_experts, skew, not_here):
+  """Returns ids of which a part is 'not here', and their routing."""
+  rng = np.random.default_rng(0)
+  ids = distinct_ids(rng, num_tokens, k, num_experts, skew)
+  ids = np.where(rng.random(ids.shape) < not_here, num_experts, ids)
+  return ids, route(jnp.asarray(ids), num_experts)
+
+
 GPU_CASES = {
   # (T, k, E, d, n, skew, not here)
   "even": (1000, 2, 16, 256, 512, 0.0, 0.0),
@@ -627,10 +626,7 @@ def test_group_xty_in_parts_on_gpu_equals_xla(monkeypatch, case, dtype):
 @pytest.mark.parametrize("case", GPU_CASES)
 def test_group_xty_on_gpu_equals_xla(case, dtype):
   num_tokens, k, num_experts, d, n, skew, not_here = GPU_CASES[case]
-  rng = np.random.default_rng(0)
-  ids = distinct_ids(rng, num_tokens, k, num_experts, skew)
-  ids = np.where(rng.random(ids.shape) < not_here, num_experts, ids)
-  routing = route(jnp.asarray(ids), num_experts)
+  ids, routing = distinct_or_nowhere(num_tokens, k, num_experts, skew, not_here)
   for x_grouped, y_grouped in (
     (False, True), (True, False), (True, True), (False, False)
   ):  # fmt: skip
@@ -671,10 +667,7 @@ def test_a_sum_beside_group_xty_on_gpu_changes_no_bit(
   if in_parts:
     cut_to_steps(monkeypatch)
   num_tokens, k, num_experts, d, n, skew, not_here = SUMMED_CASES[case]
-  rng = np.random.default_rng(0)
-  ids = distinct_ids(rng, num_tokens, k, num_experts, skew)
-  ids = np.where(rng.random(ids.shape) < not_here, num_experts, ids)
-  routing = route(jnp.asarray(ids), num_experts)
+  ids, routing = distinct_or_nowhere(num_tokens, k, num_experts, skew, not_here)
   x, y = operands(False, True, d, n, ids, dtype)
   rows = operands(True, True, d, n, ids, dtype, seed=1)[0]
   alone = jax.jit(lambda *args: group_xty(*args, y_grouped=True))

@@ -77,23 +77,12 @@ def group_xty_and_sum(
   y: Float[Array, "rows_y n"],
   rows: Float[Array, "S w"],
   routing: Routing,
-  *,
-  x_grouped: bool = False,
-  y_grouped: bool = False,
-  precision: Any = None,
+  **options: Any,
 ) -> tuple[Float[Array, "E d n"], Float[Array, "T w"]]:
   """Returns (xty, sums): `group_xty`, and `sum_choices` of grouped rows."""
   # One after the other, so that the rows are gone before the product is there.
   sums, y = lax.optimization_barrier((sum_choices(rows, routing), y))
-  xty = group_xty(
-    x,
-    y,
-    routing,
-    x_grouped=x_grouped,
-    y_grouped=y_grouped,
-    precision=precision,
-  )
-  return xty, sums
+  return group_xty(x, y, routing, **options), sums
 
 
 def sum_choices(

@@ -311,16 +311,14 @@ def group_xty_and_sum(
   """
   from scattermoe_jax.kernels.mosaic import grouped_xty
 
-  layout = dict(x_grouped=x_grouped, y_grouped=y_grouped)
-  both = grouped_xty.group_xty_and_sum(
-    x, y, rows, routing, config=config, **layout
+  del precision
+  options: dict[str, Any] = dict(
+    x_grouped=x_grouped, y_grouped=y_grouped, config=config
   )
+  both = grouped_xty.group_xty_and_sum(x, y, rows, routing, **options)
   if both is not None:
     return both
-  product = functools.partial(group_xty, config=config)
-  return composed.group_xty_and_sum(
-    product, x, y, rows, routing, precision=precision, **layout
-  )
+  return composed.group_xty_and_sum(group_xty, x, y, rows, routing, **options)
 
 
 def _fuses(routing: Routing, activation, width: int, multiple: int) -> bool:
