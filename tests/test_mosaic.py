@@ -6,6 +6,8 @@ behind the seam of `interpreted_mosaic`. On a GPU the kernels themselves run in
 """
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +145,24 @@ def test_fused_forms_interpreted_without_races(gated):
     routing,
   )
   got = backend.down_projection_grad(*args, activation=activation)
+  assert_equals_xla("down_projection_grad", got, *args, activation=activation)
+
+
+@needs_mosaic
+def test_gate_gradients_of_several_tiles_of_columns_interpreted():
+  from tests.interpreted_mosaic import mosaic_interpreted
+
+  rng, rows, n, d = np.random.default_rng(0), 24, 320, 64
+  routing = route(jnp.arange(rows, dtype=jnp.int32)[:, None] % 2, 2)
+  args = (
+    normal(rng, rows, d),
+    normal(rng, 2, n, d),
+    normal(rng, rows, n),
+    jnp.asarray(rng.random(rows), jnp.float32),
+    routing,
+  )
+  activation = get_activation("silu", gated=False)
+  got = mosaic_interpreted().down_projection_grad(*args, activation=activation)
   assert_equals_xla("down_projection_grad", got, *args, activation=activation)
 
 
@@ -371,6 +391,31 @@ def test_a_step_in_chunks_copies_no_weights(case, num_chunks, copies):
   # One kernel serves all slices of down, and one all of dx.
   assert text.count(KERNEL) == 6
   assert text.count("stablehlo.dynamic_update_slice") == 2 * num_chunks
+
+
+@needs_mosaic
+def test_no_sum_of_floats_is_left_to_the_order_of_a_reduction():
+  # Which the compiler chooses, so that two compilations differ by some bits.
+  T, d, n, E, k = 512, 256, 2048, 4, 1
+  activation = get_activation("silu", gated=True)
+
+  def gradients(dy, w, h, gates, ids):
+    return mosaic.down_projection_grad(
+      dy, w, h, gates, route(ids, E), activation=activation
+    )
+
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  text = lowered(
+    gradients,
+    shape((T, d)),
+    shape((E, n, d)),
+    shape((T * k, 2 * n)),
+    jax.ShapeDtypeStruct((T * k,), jnp.float32),
+    jax.ShapeDtypeStruct((T, k), jnp.int32),
+  )
+  reductions = re.findall(r"stablehlo\.reduce.*", text)
+  assert reductions  # Of integers, for the schedule.
+  assert not [line for line in reductions if re.search(r"x(bf16|f32)", line)]
 
 
 @needs_mosaic

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import current_device
@@ -250,8 +251,13 @@ def _differentiate(dy, w, h, gates, routing, *, plan, activation):
     places = places_in_windows(
       routing.expert_ids, routing.group_sizes, *plan.windows
     )
-    # One partial sum for each tile of columns, added in one order.
-    sums = jnp.sum(sums, axis=1).reshape(-1)
+    # One partial sum for each tile of columns, added from the left: the order
+    # of a reduction is the compiler's, and may differ between compilations.
+    parts = [
+      lax.index_in_dim(sums, tile, axis=1, keepdims=False)
+      for tile in range(plan.num_tiles_n)
+    ]
+    sums = functools.reduce(jnp.add, parts).reshape(-1)
     return dh, weighted_a, take_rows(sums, places)
 
   return run(dy, w, h, gates, routing)
