@@ -35,12 +35,14 @@ _BEGIN, _END = "<!-- begin speed -->", "<!-- end speed -->"
 _TITLE = """# How fast
 
 Written by `python -m benchmarks.report --readme` from the records in
-`benchmarks/results`, each with the command that made it. How many times faster
-one is than another was read within one run; times beside it may be of another.
-Columns "of ..." are fractions of what they name, of its speed or of its bytes;
-"times faster" are factors, which above 1 speak for this library. What is empty
-was not measured. [kernels.md](kernels.md) says which records are of kernels
-that have changed since.
+`benchmarks/results`, each with the command that made it; commands that differ
+in their shapes alone are written as one. How many times faster one is than
+another was read within one run; times beside it may be of another, on another
+card of that name. Columns "of ..." are fractions of what they name, of its
+speed, its bytes or its time; "times faster" are factors, which above 1 speak
+for this library. What is empty was not measured, or not in the same run.
+Pictures are of the H200. [kernels.md](kernels.md) says which records are of
+kernels that have changed since, and how peers were run.
 """
 
 

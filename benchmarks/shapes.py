@@ -66,7 +66,6 @@ def in_order(names: Iterable[str]) -> list[str]:
   return sorted(set(names), key=list(SHAPES).index)
 
 
-MODELS = tuple(name for name in SHAPES if "-" in name)
 LAYERS = ("C1", "C2", "C3", "A", "B_8_1", "B_16_2", "B_64_8", "B_128_16")
 # Active width 8192, in more and more experts of less and less width.
 GRANULARITY = ("B_8_1", "B_16_2", "A", "B_64_8", "B_128_16")

@@ -18,8 +18,8 @@ CONSUMERS = 2
 # tensor core or the epilogue. All products do, so that they share one schedule.
 ALIGN = 8
 # Of an expert's columns that are multiplied, from which on blocks load them in
-# pairs: of 24 products of six layers those above gained by it, those below lost
-# or were the same.
+# pairs: of products of six layers those above gained by it or were the same,
+# those below lost or were the same.
 _LARGE_BYTES = 4 * 2**20
 
 
