@@ -117,7 +117,10 @@ def attention(records: Sequence[Record]) -> str:
     if r["implementation"] == "moa"
   ]
   header = ["mixture of attention, 32 active heads", "time"]
-  header += ["times faster than dense heads (k times the keys)", "than regrouping"]
+  header += [
+    "times faster than dense heads (k times the keys)",
+    "than regrouping",
+  ]
   header += ["than regrouping by a fused gather"]
   return _table(header, rows)
 
