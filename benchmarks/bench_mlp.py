@@ -19,8 +19,8 @@ results, or what a peer's allocator says. `held_mib` is what is kept from the
 forward to the backward, less the inputs: x, gates, weights, ids. Before its
 time is printed, an implementation is compared with float32: y and the gradients
 of x and gates for some tokens, the weight gradients of one expert (of peers,
-the former). SonicMoE is replayed as a CUDA graph, where its record notes it; its
-memory is that of a step launched kernel by kernel.
+the former). SonicMoE is replayed as a CUDA graph, where its record notes it;
+its memory is that of a step launched kernel by kernel.
 
 `times_ours` is over the time of scattermoe_jax in the same turns: records of
 one layer may come from several runs, whose times do not compare.
