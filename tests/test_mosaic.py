@@ -20,7 +20,7 @@ from scattermoe_jax._compat import Device
 from scattermoe_jax.kernels import Columns, Problem, mosaic, xla
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.schedule import window_schedule
-from scattermoe_jax.ops.activations import get_activation
+from scattermoe_jax.ops.activations import Activation, get_activation
 from scattermoe_jax.routing import route
 from tests.accuracy import assert_accurate
 
@@ -373,6 +373,19 @@ def lowered_step(case, transform, *, layers=1, **options):
 def test_a_training_step_lowers_without_a_gpu(case):
   # up, dgrad of down, dx, dw_in, dw_out; a gradient needs no y.
   assert lowered_step(case, jax.grad).count(KERNEL) == 5
+
+
+def softplus_and_slope(z):
+  return jax.nn.softplus(z), jax.nn.sigmoid(z)
+
+
+@needs_mosaic
+def test_an_activation_that_does_not_lower_is_composed(monkeypatch):
+  activation = Activation("own", softplus_and_slope, gated=True)
+  T, d, n, E, k, dtype, _ = LOWERED["float16_odd_width"]
+  case = (T, 512, 128, E, k, dtype, activation)
+  monkeypatch.setitem(LOWERED, "own", case)
+  assert lowered_step("own", jax.grad).count(KERNEL) == 5
 
 
 @needs_mosaic

@@ -22,6 +22,7 @@ from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels import composed
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Columns, Problem
+from scattermoe_jax.kernels.mosaic.lowering import lowers
 from scattermoe_jax.kernels.schedule import places_in_windows
 from scattermoe_jax.kernels.tuning import chosen_config
 from scattermoe_jax.routing import Routing, take_rows
@@ -329,9 +330,8 @@ def group_xty_and_sum(
 
 def _fuses(routing: Routing, activation, width: int, multiple: int) -> bool:
   """Returns whether a fused kernel can run; else the composed form does."""
-  # Mosaic GPU lowers no erf (JAX 0.11).
-  lowers = activation.name != "gelu"
-  return routing.num_rows > 0 and lowers and width % multiple == 0
+  fits = routing.num_rows > 0 and width % multiple == 0
+  return fits and lowers(activation.value_and_slope)
 
 
 def _plan(
