@@ -19,6 +19,7 @@ import scattermoe_jax as sm
 from scattermoe_jax._compat import Device
 from scattermoe_jax.kernels import Columns, Problem, mosaic, xla
 from scattermoe_jax.kernels.config import TileConfig
+from scattermoe_jax.kernels.mosaic.lowering import lowers
 from scattermoe_jax.kernels.schedule import window_schedule
 from scattermoe_jax.ops.activations import Activation, get_activation
 from scattermoe_jax.routing import route
@@ -318,6 +319,19 @@ def test_a_report_is_due_at_no_step_that_may_not_be(at_once):
   assert may_be == due
 
 
+def softplus_and_slope(z):
+  return jax.nn.softplus(z), jax.nn.sigmoid(z)
+
+
+def all_that_lowers(z):
+  """Not a function and its slope, but of each primitive that is fused."""
+  narrow = z.astype(jnp.bfloat16).astype(z.dtype)
+  value = jnp.where(z > 0, jnp.tanh(-z), jnp.exp(z) - narrow)
+  value = jnp.where(z < 1, value, jnp.where(z >= 2, jnp.minimum(z, 6), value))
+  slope = jnp.where(z <= 3, jax.nn.sigmoid(z), jnp.ones_like(z))
+  return value, jnp.maximum(slope, 0) * z / (1 + z * z)
+
+
 LOWERED = {
   # name: (T, d, n, E, k, dtype, activation)
   "eight_experts": (16384, 4096, 14336, 8, 2, "bfloat16", "silu"),
@@ -325,6 +339,14 @@ LOWERED = {
   "gpt_oss_width": (16384, 2880, 2880, 32, 4, "bfloat16", "clamped_swiglu"),
   "float16_odd_width": (1001, 600, 104, 5, 2, "float16", "gelu_tanh"),
   "erf_is_composed": (1001, 512, 128, 5, 2, "bfloat16", "gelu"),
+  "own_is_composed": (
+    *(1001, 512, 128, 5, 2, "bfloat16"),
+    Activation("own", softplus_and_slope, gated=True),
+  ),
+  "own_is_fused": (
+    *(1001, 512, 128, 5, 2, "bfloat16"),
+    Activation("own", all_that_lowers, gated=True),
+  ),
 }
 
 
@@ -375,17 +397,9 @@ def test_a_training_step_lowers_without_a_gpu(case):
   assert lowered_step(case, jax.grad).count(KERNEL) == 5
 
 
-def softplus_and_slope(z):
-  return jax.nn.softplus(z), jax.nn.sigmoid(z)
-
-
-@needs_mosaic
-def test_an_activation_that_does_not_lower_is_composed(monkeypatch):
-  activation = Activation("own", softplus_and_slope, gated=True)
-  T, d, n, E, k, dtype, _ = LOWERED["float16_odd_width"]
-  case = (T, 512, 128, E, k, dtype, activation)
-  monkeypatch.setitem(LOWERED, "own", case)
-  assert lowered_step("own", jax.grad).count(KERNEL) == 5
+def test_activations_are_fused_by_what_they_are_made_of():
+  assert lowers(all_that_lowers)
+  assert not lowers(softplus_and_slope)
 
 
 @needs_mosaic
