@@ -41,8 +41,8 @@ another was read within one run; times beside it may be of another, on another
 card of that name. Columns "of ..." are fractions of what they name, of its
 speed, its bytes or its time; "times faster" are factors, which above 1 speak
 for this library. What is empty was not measured, or not in the same run.
-Pictures are of the H200. [kernels.md](kernels.md) says which records are of
-kernels that have changed since, and how peers were run.
+Pictures of speed and memory are of the H200. [kernels.md](kernels.md) says
+which records are of kernels that have changed since, and how peers were run.
 """
 
 

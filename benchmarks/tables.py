@@ -116,12 +116,13 @@ def attention(records: Sequence[Record]) -> str:
     for r in records
     if r["implementation"] == "moa"
   ]
-  header = ["mixture of attention, 32 active heads", "time"]
-  header += [
+  header = [
+    "mixture of attention, 32 active heads",
+    "time",
     "times faster than dense heads (k times the keys)",
     "than regrouping",
+    "than regrouping by a fused gather",
   ]
-  header += ["than regrouping by a fused gather"]
   return _table(header, rows)
 
 
