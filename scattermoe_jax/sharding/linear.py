@@ -78,7 +78,7 @@ def parallel_linear(
   check_divides(name, "n", w.shape[2], getattr(axes, d_out), mesh)
   shards = num_devices(axes.tokens, mesh)
   num_tokens = routing.num_tokens
-  padded = -(-num_tokens // shards) * shards
+  padded = local.num_padded(num_tokens, shards)
   rows_per_token = 1 if len(x) == num_tokens else routing.top_k
   y = run_on_mesh(
     run,
@@ -91,8 +91,8 @@ def parallel_linear(
     ),
     out_specs=axes.split("tokens", "tensor" if columns else None),
     arguments=(
-      local.pad_tokens(x, padded * rows_per_token),
-      local.pad_tokens(expert_ids, padded, fill=-1),
+      local.pad_tokens(x, padded * rows_per_token, mesh),
+      local.pad_tokens(expert_ids, padded, mesh, fill=-1),
       w,
       bias,
     ),

@@ -22,6 +22,9 @@ def own_parts_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
   whole layer on every device. With it, the backward gathers them again: one
   more all-gather per weight, for memory that fsdp axes divide.
 
+  JAX 0.7.2 raises an AssertionError of its own where a policy keeps what goes
+  into `jax.shard_map` unchanged, as it does with expert or Explicit axes.
+
   Example:
     >>> layer = jax.checkpoint(jnp.sin, policy=own_parts_saveable)
   """
@@ -88,13 +91,18 @@ def first_expert(axes: MeshAxes, num_local: int) -> Any:
   return lax.axis_index(axes.expert) * num_local
 
 
-def pad_tokens(array: Array, num_rows: int, fill: int = 0) -> Array:
+def num_padded(num_tokens: int, num_devices: int) -> int:
+  """Returns the tokens that devices share evenly: at least one each."""
+  return max(1, -(-num_tokens // num_devices)) * num_devices
+
+
+def pad_tokens(array: Array, num_rows: int, mesh: Any, fill: int = 0) -> Array:
   """Returns `array` with rows of `fill` added up to `num_rows`."""
   missing = num_rows - array.shape[0]
   if not missing:
     return array
   widths = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
-  return jnp.pad(array, widths, constant_values=fill)
+  return jnp.pad(_whole(array, mesh), widths, constant_values=fill)
 
 
 def unpad_tokens(array: Array, num_rows: int, mesh: Any) -> Array:
@@ -102,13 +110,23 @@ def unpad_tokens(array: Array, num_rows: int, mesh: Any) -> Array:
   if array.shape[0] == num_rows:
     return array
   if jax.sharding.AxisType.Explicit in mesh.axis_types:
-    # Explicit axes split evenly or not at all.
-    array = jax.sharding.reshard(array, jax.sharding.PartitionSpec())
-    return array[:num_rows]
-  # Left to itself, the partitioner of JAX 0.7 splits what remains unevenly, and
-  # a reshape of that by the caller returns other rows.
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.lax.with_sharding_constraint(array[:num_rows], whole)
+    return _whole(array, mesh)[:num_rows]
+  return _whole(array[:num_rows], mesh)
+
+
+def _whole(array: Array, mesh: Any) -> Array:
+  """Returns `array`, and takes its gradient, with all rows on each device.
+
+  For rows that the devices do not divide. Explicit axes split evenly or not at
+  all. For the others, the partitioner of JAX 0.7 splits them unevenly, and a
+  reshape of that by the caller, or by the transpose of the caller's reshape,
+  returns other rows.
+  """
+  spec = jax.sharding.PartitionSpec()
+  if jax.sharding.AxisType.Explicit in mesh.axis_types:
+    return jax.sharding.reshard(array, spec)
+  whole = jax.sharding.NamedSharding(mesh, spec)
+  return jax.lax.with_sharding_constraint(array, whole)
 
 
 def here_or_nowhere(

@@ -59,7 +59,7 @@ def smoe_mlp(
 
   Returns:
     (T, d), its tokens split over `axes.tokens`. A T that their devices do not
-    divide is padded with tokens that are 'not here'.
+    divide is padded with tokens that are 'not here', on every device.
 
   Raises:
     ValueError: if shapes disagree, the mesh lacks an axis, or an axis does not
@@ -99,7 +99,7 @@ def smoe_mlp(
   _check_gate(w_in, w_out, axes)
   _check_exchange(axes)
   shards = num_devices(axes.tokens, mesh)
-  padded = -(-num_tokens // shards) * shards
+  padded = local.num_padded(num_tokens, shards)
   gate_axis = (None,) * (w_in.ndim - 3)
   tokens = axes.split("tokens", None)
   y = run_on_mesh(
@@ -116,9 +116,9 @@ def smoe_mlp(
     ),
     out_specs=tokens,
     arguments=(
-      local.pad_tokens(x, padded),
-      local.pad_tokens(gates, padded),
-      local.pad_tokens(expert_ids, padded, fill=-1),
+      local.pad_tokens(x, padded, mesh),
+      local.pad_tokens(gates, padded, mesh),
+      local.pad_tokens(expert_ids, padded, mesh, fill=-1),
       *weights,
     ),
   )
