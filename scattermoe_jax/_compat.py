@@ -16,22 +16,29 @@ import jax
 IMPLEMENTATION_VARIABLE = "SCATTERMOE_JAX_IMPLEMENTATION"
 _TRITON = "The Pallas Triton backend is deprecated"
 
-# Compute capability by the names that an AbstractDevice carries (a device that
-# is only described has no capability to ask for).
-_CAPABILITY_OF_KIND = (
-  ("T4", (7, 5)),
-  ("A100", (8, 0)),
-  ("A10", (8, 6)),
-  ("L40", (8, 9)),
-  ("L4", (8, 9)),
-  ("H100", (9, 0)),
-  ("H200", (9, 0)),
-  ("B200", (10, 0)),
-  ("B300", (10, 3)),
-  ("RTX PRO 6000 Blackwell", (12, 0)),
-  ("RTX 4090", (8, 9)),
-  ("RTX 5090", (12, 0)),
-)
+# Compute capability by a word of the name, for a device that is only described
+# (an AbstractDevice) and not here to be asked.
+_CAPABILITY_OF_KIND = {
+  "T4": (7, 5),
+  "A100": (8, 0),
+  "A800": (8, 0),
+  "A30": (8, 0),
+  "A10": (8, 6),
+  "A10G": (8, 6),
+  "L4": (8, 9),
+  "L40": (8, 9),
+  "L40S": (8, 9),
+  "RTX 4090": (8, 9),
+  "H20": (9, 0),
+  "H100": (9, 0),
+  "H200": (9, 0),
+  "H800": (9, 0),
+  "GH200": (9, 0),
+  "B200": (10, 0),
+  "B300": (10, 3),
+  "RTX 5090": (12, 0),
+  "RTX PRO 6000 Blackwell": (12, 0),
+}
 
 
 class Device(NamedTuple):
@@ -58,19 +65,36 @@ def current_device() -> Device:
   """Returns the device described by the abstract mesh, else JAX's default."""
   abstract = _abstract_device()
   if abstract is not None:
-    kind = abstract.device_kind
-    capability = next(
-      (c for name, c in _CAPABILITY_OF_KIND if name in kind), None
-    )
-    # Before JAX 0.9 a described device has no platform, only a kind.
-    platform = getattr(abstract, "platform", None) or (
-      "cuda" if abstract.num_cores else kind
-    )
-    platform = "gpu" if platform in ("cuda", "gpu") else "cpu"
-    return Device(platform, kind, capability, abstract.num_cores)
+    return _described(abstract)
   device = jax.config.jax_default_device or jax.devices()[0]
-  if isinstance(device, str):
-    device = jax.devices(device)[0]
+  return _present(jax.devices(device)[0] if isinstance(device, str) else device)
+
+
+def _described(abstract: Any) -> Device:
+  kind = abstract.device_kind
+  # Any mesh describes its devices, so that they are mostly here.
+  for device in jax.devices():
+    if device.device_kind == kind:
+      return _present(device)
+  # Before JAX 0.9 a described device has no platform, only a kind.
+  platform = getattr(abstract, "platform", None)
+  if platform is None:
+    on_cpu = abstract.num_cores is None
+    platform = "cpu" if on_cpu else "tpu" if "TPU" in kind else "gpu"
+  if platform not in ("gpu", "cuda", "rocm"):
+    return Device(platform, kind)
+  capability = next(
+    (
+      capability
+      for name, capability in _CAPABILITY_OF_KIND.items()
+      if re.search(rf"\b{name}\b", kind)
+    ),
+    None,
+  )
+  return Device("gpu", kind, capability, abstract.num_cores)
+
+
+def _present(device: Any) -> Device:
   if device.platform != "gpu":
     return Device(device.platform, device.device_kind)
   # AMD's are names, like gfx942.

@@ -170,3 +170,45 @@ def test_the_capability_is_cudas_or_none(monkeypatch, written, capability):
   )
   monkeypatch.setattr(jax, "devices", lambda *_: [device])
   assert _compat.current_device() == _compat.Device("gpu", "a GPU", capability)
+
+
+def described(monkeypatch, kind, platform="gpu", num_cores=132):
+  """Returns the device of a mesh that describes it so."""
+  abstract = SimpleNamespace(
+    device_kind=kind, platform=platform, num_cores=num_cores
+  )
+  monkeypatch.setattr(_compat, "_abstract_device", lambda: abstract)
+  return _compat.current_device()
+
+
+def test_a_device_of_a_mesh_that_is_here_is_asked(monkeypatch):
+  device = SimpleNamespace(
+    platform="gpu", device_kind="a GPU", compute_capability="9.0", core_count=78
+  )
+  monkeypatch.setattr(jax, "devices", lambda *_: [device])
+  here = _compat.Device("gpu", "a GPU", (9, 0), 78)
+  assert described(monkeypatch, "a GPU") == here
+
+
+@pytest.mark.parametrize(
+  "kind, capability",
+  [
+    ("NVIDIA A100-SXM4-80GB", (8, 0)),
+    ("NVIDIA RTX A1000", None),
+    ("NVIDIA A10G", (8, 6)),
+    ("NVIDIA L40S", (8, 9)),
+    ("NVIDIA H800", (9, 0)),
+    ("NVIDIA H100 80GB HBM3", (9, 0)),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0)),
+  ],
+)
+def test_a_device_that_is_not_here_is_known_by_name(
+  monkeypatch, kind, capability
+):
+  assert described(monkeypatch, kind).capability == capability
+
+
+@pytest.mark.parametrize("platform", ["tpu", None], ids=str)
+def test_a_described_tpu_is_no_gpu(monkeypatch, platform):
+  tpu = described(monkeypatch, "TPU v6 lite", platform, num_cores=1)
+  assert tpu == _compat.Device("tpu", "TPU v6 lite")
