@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scattermoe_jax import checkpoints
+from scattermoe_jax import checkpoints, sharding
 from scattermoe_jax.checkpoints import reader, writer
 from scattermoe_jax.checkpoints.config_json import config_from_entries
 from scattermoe_jax.models import ModelConfig
@@ -238,9 +238,37 @@ def test_a_family_refuses_a_model_that_it_cannot_say(tmp_path):
     checkpoints.save(tmp_path / "m", config, variables, family="gpt5")
   variables["params"]["extra"] = {"w": jnp.zeros(2)}
   with pytest.raises(
-    checkpoints.CheckpointError, match="no tensor for 'params/extra/w'"
+    checkpoints.CheckpointError, match="model has no 'params/extra/w'"
   ):
     checkpoints.save(tmp_path / "m", config, variables, family="mixtral")
+  assert list(tmp_path.iterdir()) == []
+
+
+def _with_adapters(params):
+  adapters = lora.init_adapters(jax.random.key(0), params, rank=2)
+  return lora.with_adapters(params, adapters)
+
+
+@pytest.mark.parametrize("family", [None, "mixtral"])
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda v: v["params"], "has no 'embed/embedding'; .* \\['params'\\]"),
+    (lambda v: v | {"seen": {"x": jnp.zeros(3)}}, "model has no 'seen/x'"),
+    (lambda v: {"params": _with_adapters(v["params"])},
+     "'params/layer_0/ffn/experts/lora/w_gate_up/a' belongs to an adapter"),
+    (lambda v: {"params": sharding.split_gate(v["params"])},
+     r"has shape \(5, 32, 2, 24\); the config's model has \(5, 32, 48\)"),
+    (lambda v: {"params": {**v["params"], "layer_1": {}}},
+     "variables lack 'params/layer_1/"),
+  ],
+  ids=["params", "collection", "adapters", "mesh", "layer"],
+)  # fmt: skip
+def test_what_would_not_load_is_not_saved(family, change, message, tmp_path):
+  config = config_from_entries(FAMILY_ENTRIES["mixtral"], "config.json")
+  variables = change(random_variables(config))
+  with pytest.raises(checkpoints.CheckpointError, match=f"save: .*{message}"):
+    checkpoints.save(tmp_path / "m", config, variables, family=family)
   assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from scattermoe_jax import checkpoints
@@ -199,6 +200,20 @@ def test_own_names_keep_any_model(tmp_path):
   variables = random_variables(config, "bfloat16")
   assert "router_state" in variables
   checkpoints.save(tmp_path / "m", config, variables)
+  again, loaded = checkpoints.load(tmp_path / "m")
+  assert again == config
+  assert_same_tree(loaded, variables)
+
+
+def test_what_init_returns_can_be_saved_as_it_is(tmp_path):
+  """Boxed with names of axes, and of a model for another machine's backend."""
+  variables = random_variables(ModelConfig(num_layers=1))
+  config = ModelConfig(num_layers=1, implementation="mosaic")
+  boxed = jax.tree.map(
+    lambda array: nn.LogicallyPartitioned(array, (None,) * array.ndim),
+    variables,
+  )
+  checkpoints.save(tmp_path / "m", config, boxed)
   again, loaded = checkpoints.load(tmp_path / "m")
   assert again == config
   assert_same_tree(loaded, variables)

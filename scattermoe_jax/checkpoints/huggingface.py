@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,15 +156,15 @@ def save(
     directory: the folder; must not exist, or be empty. It appears under this
       name only when all of it is written.
     config: the model.
-    variables: its variables.
+    variables: its variables, in the shapes of one device.
     family: a key of `FAMILIES`; None for our own names.
     like: a folder of that family, instead of `family`: its other entries of
       config.json and its tokenizer go along.
     max_shard_bytes: of weights in one file.
 
   Raises:
-    CheckpointError: if the folder exists, or the family cannot express the
-      model.
+    CheckpointError: if the folder exists, the variables are not those of the
+      config's model, or the family cannot express it.
   """
   others: dict[str, Any] = {}
   if like is not None:
@@ -174,8 +175,9 @@ def save(
       others.pop(key, None)
   family = family or OWN_FAMILY
   entries = others | config_to_entries(config, family)
-  arrays = flatten_dict(variables, sep="/")
+  arrays = flatten_dict(nn.unbox(variables), sep="/")
   shapes = {path: tuple(array.shape) for path, array in arrays.items()}
+  _check_variables(shapes, _variable_shapes(config))
   plan = make_plan(family, shapes)
   with new_folder(directory) as partial:
     write_tensors(
@@ -214,8 +216,37 @@ def _to_write(
       )
 
 
+def _check_variables(
+  shapes: Mapping[str, tuple[int, ...]],
+  expected: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+  """Raises CheckpointError if `load` would refuse what is to be saved."""
+  for path, shape in shapes.items():
+    if "/lora/" in path:
+      raise CheckpointError(
+        f"save: {path!r} belongs to an adapter; merge it into its weight "
+        "(nn.lora.merge), or write adapters apart (save_adapters)."
+      )
+    if path not in expected:
+      raise CheckpointError(
+        f"save: the config's model has no {path!r}; it has the collections "
+        f"{sorted({name.partition('/')[0] for name in expected})}."
+      )
+    if shape != expected[path].shape:
+      raise CheckpointError(
+        f"save: {path!r} has shape {shape}; the config's model has "
+        f"{expected[path].shape}, also on a mesh (sharding.join_gate)."
+      )
+  for path in expected:
+    if path not in shapes:
+      raise CheckpointError(
+        f"save: the variables lack {path!r}, which the config's model has."
+      )
+
+
 def _variable_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  model = Transformer(config)
+  # They do not depend on the backend, and that of the CPU runs everywhere.
+  model = Transformer(dataclasses.replace(config, implementation="xla"))
   input_ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   variables = jax.eval_shape(model.init, jax.random.key(0), input_ids)
   return flatten_dict(variables, sep="/")
