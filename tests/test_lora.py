@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from scattermoe_jax import checkpoints, route, smoe_mlp
+from scattermoe_jax import nn as smnn
 from scattermoe_jax.checkpoints import reader
 from scattermoe_jax.checkpoints.config_json import config_from_entries
 from scattermoe_jax.models import ModelConfig, Transformer
@@ -97,7 +99,9 @@ def test_a_model_with_adapters_equals_the_merged_model(attention):
     num_layers=1, attention=attention, num_kv_heads=2, attention_top_k=2
   )
   params = random_variables(config)["params"]
-  targets = (*lora.EXPERT_WEIGHTS, "kernel")
+  targets = lora.EXPERT_WEIGHTS
+  if attention == "moa":
+    targets = (*targets, "kernel")
   adapters = some_adapters(params, targets=targets)
   names = {path[-2] for path in flatten_dict(adapters)}
   assert names == {"w_gate_up", "w_out"} | (
@@ -161,12 +165,105 @@ def test_unmerge_gives_back_every_bit(dtype, size):
   assert back["other"] is params["other"]
 
 
-def test_what_cannot_be_adapted_is_said():
+class Stacked(nn.Module):
+  """Three blocks in one array, each with a dense MLP in it, by nn.scan."""
+
+  @nn.compact
+  def __call__(self, x):
+    scanned = nn.scan(
+      lambda module, x: (x + module(x)[0], None),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=3,
+    )
+    block = smnn.SMoEBlock(E, K, N, num_shared_experts=1, name="block")
+    return scanned(block, x)[0]
+
+
+def test_stacked_layers_have_adapters_each():
+  model, x = Stacked(), normal(T, D)
+  params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+  adapters = some_adapters(params, stacked_axes=1)
+  assert {p: a.shape for p, a in flatten_dict(adapters, sep="/").items()} == {
+    "block/experts/lora/w_gate_up/a": (3, E, D, R),
+    "block/experts/lora/w_gate_up/b": (3, E, R, 2 * N),
+    "block/experts/lora/w_out/a": (3, E, N, R),
+    "block/experts/lora/w_out/b": (3, E, R, D),
+  }
+  apply = jax.jit(lambda params: model.apply({"params": params}, x))
+  adapted = apply(lora.with_adapters(params, adapters))
+  merged, remainder = lora.merge(params, adapters)
+  scale = np.max(np.abs(adapted))
+  assert np.max(np.abs(adapted - apply(merged))) <= 1e-5 * scale
+  assert np.max(np.abs(adapted - apply(params))) > 0.05 * scale
+  back = lora.unmerge(merged, remainder)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_a_of_a_stack_is_as_large_as_of_one_layer():
+  w = {"w_out": jnp.zeros((E, N, D))}
+  stacked = {"w_out": jnp.zeros((40, E, N, D))}
+  one = lora.init_adapters(jax.random.key(0), w, rank=R)
+  all_ = lora.init_adapters(jax.random.key(0), stacked, rank=R, stacked_axes=1)
+  ratio = all_["lora"]["w_out"]["a"].std() / one["lora"]["w_out"]["a"].std()
+  assert 0.8 < ratio < 1.25
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (
+      dict(targets=["w9"]),
+      r"named \['w9'\]; of 3 axes they have \['w_gate_up'",
+    ),
+    (dict(targets=["w_out", "w_uot"]), r"named \['w_uot'\]; of 3"),
+    (dict(targets=["w_out", "kernel"]), r"named \['kernel'\]; of 3"),
+    (dict(targets="w_uot"), r"named \['w_uot'\]; of 3"),
+    (dict(stacked_axes=1), r"named \[.*\]; of 4 axes they have \[\]"),
+    (dict(rank=0), "rank must be at least 1, got 0"),
+  ],
+  ids=["none", "one-of-two", "matrix", "alone", "stacked", "rank"],
+)
+def test_what_cannot_be_adapted_is_said(options, message):
   params = random_variables(ModelConfig(num_layers=1))["params"]
-  with pytest.raises(ValueError, match="no expert weight named"):
-    lora.init_adapters(jax.random.key(0), params, rank=2, targets=["w9"])
-  with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-    lora.init_adapters(jax.random.key(0), params, rank=0)
+  with pytest.raises(ValueError, match=f"init_adapters: .*{message}"):
+    lora.init_adapters(jax.random.key(0), params, **{"rank": 2, **options})
+
+
+def test_one_name_of_a_weight_is_enough():
+  params = {name: normal(E, N, D) for name in ("w_out", "out")}
+  key = jax.random.key(0)
+  adapters = lora.init_adapters(key, params, rank=2, targets="w_out")
+  assert {path[-2] for path in flatten_dict(adapters)} == {"w_out"}
+
+
+def test_stacked_layers_want_a_word():
+  w = {"w_out": jnp.zeros((3, E, N, D))}
+  with pytest.raises(ValueError, match="'w_out' of .* pass stacked_axes = 1"):
+    lora.init_adapters(jax.random.key(0), w, rank=2)
+
+
+@pytest.mark.parametrize("function", [lora.with_adapters, lora.merge])
+@pytest.mark.parametrize(
+  ("path", "shapes", "message"),
+  [
+    ("experts/lora/w_uot", ((E, N, 2), (E, 2, D)),
+     r"no weight 'experts/w_uot' to adapt; there are \['experts/w_out'\]"),
+    ("lora/w_out", ((E, N, 2), (E, 2, D)), "no weight 'w_out' to adapt"),
+    ("experts/lora/w_out", ((E, N, 2), (E, 2, N)),
+     r"'experts/w_out' has shape \(5, 12, 10\), its adapter .* \(5, 2, 12\)"),
+    ("experts/lora/w_out", ((E, N, 2), (E, 3, D)), "its adapter"),
+    ("experts/lora/w_out", ((E, N, 2),), "a' is no half of an adapter"),
+    ("experts/w_out", ((E, N, 2), (E, 2, D)), "a' is no half of an adapter"),
+  ],
+  ids=["name", "place", "shape", "rank", "half", "weight"],
+)  # fmt: skip
+def test_adapters_of_another_model_are_refused(function, path, shapes, message):
+  params = {"experts": {"w_out": normal(E, N, D)}, "norm": normal(D)}
+  names = [f"{path}/{name}" for name in "ab"[: len(shapes)]]
+  leaves = {n: normal(*s) for n, s in zip(names, shapes, strict=True)}
+  with pytest.raises(ValueError, match=f"{function.__name__}: .*{message}"):
+    function(params, unflatten_dict(leaves, sep="/"))
 
 
 # PEFT's folders
@@ -273,3 +370,8 @@ def test_adapter_folders_that_do_not_fit_are_refused(tmp_path):
       checkpoints.load_adapters(folder, params, family="mixtral")
   with pytest.raises(checkpoints.CheckpointError, match="already exists"):
     checkpoints.save_adapters(folder, adapters, family="mixtral")
+  stacked = jax.tree.map(lambda leaf: leaf[None], adapters)
+  with pytest.raises(
+    checkpoints.CheckpointError, match=r"w_gate_up' has A of shape \(1, 5, 32"
+  ):
+    checkpoints.save_adapters(tmp_path / "b", stacked, family="mixtral")

@@ -80,10 +80,17 @@ def save_adapters(
     base: where the adapted model is, for people and for PEFT.
 
   Raises:
-    CheckpointError: if the folder exists or the adapters differ in rank.
+    CheckpointError: if the folder exists, the adapters differ in rank, or one
+      stacks layers.
   """
   family = family or OWN_FAMILY
   pairs = _pairs(adapters)
+  for path, (a, _) in pairs.items():
+    if a.ndim != 3:
+      raise CheckpointError(
+        f"{directory}: the adapter of {path!r} has A of shape {a.shape}; PEFT "
+        "knows (E, d, r), so write the layers that are stacked in it apart."
+      )
   ranks = {a.shape[2] for a, _ in pairs.values()}
   if len(ranks) != 1:
     raise CheckpointError(

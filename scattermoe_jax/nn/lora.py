@@ -18,9 +18,10 @@ Source: LoRA (Hu et al., 2021, arXiv 2106.09685), section 4.1.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -37,6 +38,7 @@ from scattermoe_jax.ops.activations import get_activation
 from scattermoe_jax.routing import Routing
 
 Tree = Any
+Path = tuple[str, ...]
 
 EXPERT_WEIGHTS = ("w_gate_up", "w_in", "w_out")
 
@@ -46,7 +48,8 @@ def init_adapters(
   params: Tree,
   *,
   rank: int,
-  targets: Sequence[str] = EXPERT_WEIGHTS,
+  targets: str | Sequence[str] = EXPERT_WEIGHTS,
+  stacked_axes: int = 0,
 ) -> Tree:
   """Returns adapters that change nothing yet: A random, B zero.
 
@@ -56,38 +59,39 @@ def init_adapters(
     rank: r.
     targets: names of weights; those of three axes are adapted. Add "kernel" for
       the query and output experts of a mixture of attention.
+    stacked_axes: how many axes every weight has before those: 1 where `nn.scan`
+      or `nn.vmap` put layers into one array.
 
   Returns:
-    A tree with "a" (E, d, r) and "b" (E, r, n) for each of them, in the dtype
-    of the weight.
+    A tree with "a" (E, d, r) and "b" (E, r, n) for each of them, after stacked
+    axes, in the dtype of the weight.
 
   Raises:
-    ValueError: if no weight has such a name, or the rank is below 1.
+    ValueError: if a name is that of no such weight, or the rank is below 1.
   """
   if rank < 1:
     raise ValueError(f"init_adapters: rank must be at least 1, got {rank}.")
-  weights = {
-    path: w
-    for path, w in flatten_dict(params).items()
-    if path[-1] in targets and w.ndim == 3
-  }
-  if not weights:
-    raise ValueError(
-      f"init_adapters: the parameters have no expert weight named {targets}."
-    )
-  init_a = jax.nn.initializers.lecun_normal(batch_axis=0)
+  weights = _targeted(params, targets, 3 + stacked_axes)
+  init_a = jax.nn.initializers.lecun_normal(
+    batch_axis=tuple(range(1 + stacked_axes))
+  )
   keys = jax.random.split(key, len(weights))
   adapters = {}
   for (path, w), w_key in zip(weights.items(), keys, strict=True):
-    num_experts, d_in, d_out = w.shape
+    *experts, d_in, d_out = w.shape
     place = (*path[:-1], "lora", path[-1])
-    adapters[(*place, "a")] = init_a(w_key, (num_experts, d_in, rank), w.dtype)
-    adapters[(*place, "b")] = jnp.zeros((num_experts, rank, d_out), w.dtype)
+    adapters[(*place, "a")] = init_a(w_key, (*experts, d_in, rank), w.dtype)
+    adapters[(*place, "b")] = jnp.zeros((*experts, rank, d_out), w.dtype)
   return unflatten_dict(adapters)
 
 
 def with_adapters(params: Tree, adapters: Tree) -> Tree:
-  """Returns the parameters with adapters beside the weights, those frozen."""
+  """Returns the parameters with adapters beside the weights, those frozen.
+
+  Raises:
+    ValueError: if an adapter is of no weight that there is, or does not fit it.
+  """
+  _pairs("with_adapters", params, adapters)
   frozen = flatten_dict(lax.stop_gradient(params))
   return unflatten_dict(frozen | flatten_dict(adapters))
 
@@ -104,9 +108,12 @@ def merge(params: Tree, adapters: Tree) -> tuple[Tree, Tree]:
     which the adapted weights differ from the old, as large as they are. (The
     rounding of W + A B forgets bits of W, so that subtracting A B again would
     not give W.)
+
+  Raises:
+    ValueError: if an adapter is of no weight that there is, or does not fit it.
   """
   merged, remainder = flatten_dict(params), {}
-  for path, (a, b) in _pairs(adapters).items():
+  for path, (a, b) in _pairs("merge", params, adapters).items():
     w = merged[path]
     merged[path] = _add_product(w, a, b)
     remainder[path] = _bits(w) ^ _bits(merged[path])
@@ -258,20 +265,74 @@ def adapted_linear_combine(
   return y + linear_combine(xa, gates, routing, b, grouped_in=True, **options)
 
 
-def _pairs(adapters: Tree) -> dict[tuple[str, ...], tuple[Array, Array]]:
-  """Returns (A, B) by the path of the weight."""
-  flat = flatten_dict(adapters)
-  return {
-    (*path[:-3], path[-2]): (a, flat[(*path[:-1], "b")])
-    for path, a in flat.items()
-    if path[-1] == "a"
-  }
+def _targeted(
+  params: Tree, targets: str | Sequence[str], num_axes: int
+) -> dict[Path, Array]:
+  """Returns the weights to adapt, or says which name is that of none."""
+  targets = (targets,) if isinstance(targets, str) else tuple(targets)
+  flat = flatten_dict(nn.unbox(params))
+  named = {path: w for path, w in flat.items() if path[-1] in targets}
+  for path, w in named.items():
+    if w.ndim > num_axes:
+      raise ValueError(
+        f"init_adapters: {'/'.join(path)!r} of shape {w.shape} has more than "
+        f"{num_axes} axes; pass stacked_axes = {w.ndim - 3} if it stacks "
+        "layers, sharding.join_gate(params) if a mesh splits its gate."
+      )
+  weights = {path: w for path, w in named.items() if w.ndim == num_axes}
+  found = {path[-1] for path in weights}
+  # A gated layer has w_gate_up, another one w_in: each model lacks a name.
+  unknown = sorted({*targets} - found - {*EXPERT_WEIGHTS})
+  if unknown or not weights:
+    there = sorted({path[-1] for path, w in flat.items() if w.ndim == num_axes})
+    raise ValueError(
+      "init_adapters: the parameters have no expert weight named "
+      f"{unknown or list(targets)}; of {num_axes} axes they have {there}."
+    )
+  return weights
+
+
+def _pairs(
+  function: str, params: Tree, adapters: Tree
+) -> dict[Path, tuple[Array, Array]]:
+  """Returns (A, B) by the path of the weight, each found to fit one."""
+  weights, flat = flatten_dict(nn.unbox(params)), flatten_dict(adapters)
+  pairs: dict[Path, tuple[Array, Array]] = {}
+  for path in flat:
+    weight = (*path[:-3], path[-2]) if path[-3:-2] == ("lora",) else path
+    a, b = (flat.get((*path[:-1], name)) for name in "ab")
+    if path == weight or path[-1] not in ("a", "b") or a is None or b is None:
+      raise ValueError(
+        f"{function}: {'/'.join(path)!r} is no half of an adapter; each has "
+        "'../lora/NAME/a' and '../lora/NAME/b', NAME that of a weight."
+      )
+    if weight not in weights:
+      raise ValueError(
+        f"{function}: there is no weight {'/'.join(weight)!r} to adapt; there "
+        f"are {_adaptable(weights, like=weight)}."
+      )
+    w, rank = weights[weight], a.shape[-1:]
+    expected = (*w.shape[:-1], *rank), (*w.shape[:-2], *rank, *w.shape[-1:])
+    if (a.shape, b.shape) != expected:
+      raise ValueError(
+        f"{function}: {'/'.join(weight)!r} has shape {w.shape}, its adapter "
+        f"{a.shape} and {b.shape}."
+      )
+    pairs[weight] = a, b
+  return pairs
+
+
+def _adaptable(weights: Mapping[Path, Array], like: Path) -> list[str]:
+  """Returns the expert weights of that name, or of any if none has it."""
+  paths = [path for path, w in weights.items() if w.ndim >= 3]
+  same = [path for path in paths if path[-1] == like[-1]]
+  return ["/".join(path) for path in same or paths]
 
 
 def _add_product(w, a, b):
   wide = jnp.float64 if w.dtype == jnp.float64 else jnp.float32
   product = jnp.einsum(
-    "edr,ern->edn",
+    "...dr,...rn->...dn",
     a.astype(wide),
     b.astype(wide),
     precision=lax.Precision.HIGHEST,
