@@ -165,9 +165,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add("--prompt", default="def ", metavar="TEXT")
   add("--max-tokens", type=int, default=200, metavar="N")
   add("--temperature", type=float, default=0.8, help="0: the likeliest token")
-  add("--top-p", type=float, default=0.95)
+  add("--top-p", type=float, default=0.95, help="choose among these likeliest")
   add("--seed", type=int, default=0)
-  add("--dtype", choices=("float32", "bfloat16", "float16"))
+  add(
+    "--dtype",
+    choices=("float32", "bfloat16", "float16"),
+    help="of weights and arithmetic (default: what the folder says)",
+  )
   flags = parser.parse_args(argv)
   for name, is_right, wanted in (
     ("max_tokens", flags.max_tokens >= 1, "at least 1"),

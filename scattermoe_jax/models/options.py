@@ -68,6 +68,21 @@ class RunConfig:
   lora_rank: int = 0
 
   def __post_init__(self):
+    for name in (
+      "evaluate_every",
+      "validation_batches",
+      "checkpoint_every",
+      "sample_tokens",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"--{name.replace('_', '-')} must be at least 1, got "
+          f"{getattr(self, name)}."
+        )
+    if self.temperature < 0:
+      raise ValueError(
+        f"--temperature must be at least 0, got {self.temperature}."
+      )
     if self.lora_rank < 0:
       raise ValueError(f"--lora-rank must be at least 0, got {self.lora_rank}.")
     if self.lora_rank and self.init_from is None:

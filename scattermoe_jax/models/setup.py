@@ -5,6 +5,9 @@ import dataclasses
 import datetime
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from scattermoe_jax.models import data, weights
 from scattermoe_jax.models.mesh import Placement
 from scattermoe_jax.models.options import (
@@ -20,6 +23,7 @@ from scattermoe_jax.models.tokens import (
   tokenize,
   training_vocabulary,
 )
+from scattermoe_jax.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,7 @@ def begin(flags: argparse.Namespace) -> Run:
     before = _new_settings(flags)
   config = apply_flags(before, flags)
   _check_start(config, flags)
+  _check_models(config)
 
   text = data.load_corpus(config.data)
   vocab_size = config.model.vocab_size
@@ -122,3 +127,14 @@ def _check_start(config: RunConfig, flags: argparse.Namespace) -> None:
     raise ValueError(
       f"--lora-rank {config.lora_rank} trains on one device, without --mesh."
     )
+
+
+def _check_models(config: RunConfig) -> None:
+  """Raises ValueError unless the models can be built, and run here."""
+  rows = (config.training.batch_size, config.training.sequence_length)
+  ids = jax.ShapeDtypeStruct(rows, jnp.int32)
+  for model in config.models().values():
+    try:
+      jax.eval_shape(Transformer(model).init, jax.random.key(0), ids)
+    except (NotImplementedError, TypeError) as error:
+      raise ValueError(str(error)) from error

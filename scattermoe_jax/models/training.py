@@ -65,6 +65,11 @@ class TrainConfig:
         raise ValueError(
           f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}."
         )
+    for name in ("learning_rate", "clip_norm"):
+      if not getattr(self, name) > 0:
+        raise ValueError(
+          f"TrainConfig: {name} must be above 0, got {getattr(self, name)}."
+        )
     if self.batch_size % self.accumulate:
       raise ValueError(
         f"TrainConfig: accumulate = {self.accumulate} must divide batch_size = "
