@@ -42,14 +42,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from benchmarks import timing
+from benchmarks import command, timing
 from scattermoe_jax import nn as smnn
+from scattermoe_jax.kernels import IMPLEMENTATIONS
 from scattermoe_jax.ops import parallel_linear
 from scattermoe_jax.routing import Routing, input_rows, route
 from tests.accuracy import assert_accurate
 
 LAYERS = ("moa", "dense", "regroup", "regroup_fused")
 DIRECTIONS = ("forward", "training")
+_KEY = ("shape", "direction", "implementation")
 # On a bfloat16 result of thousands of terms, summed in another order.
 _AGREEMENT = 0.02
 
@@ -538,13 +540,29 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--top-k", type=int, nargs="+", default=[8, 4, 2, 1])
   parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS)
-  parser.add_argument("--directions", nargs="+", default=DIRECTIONS)
-  parser.add_argument("--implementation", default=None)
+  parser.add_argument(
+    "--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS
+  )
+  parser.add_argument(
+    "--implementation",
+    choices=IMPLEMENTATIONS,
+    help="the backend (default: the first that can)",
+  )
   parser.add_argument("--samples", type=int, default=20)
-  parser.add_argument("--budget-seconds", type=float, default=float("inf"))
-  parser.add_argument("--tiny", action="store_true")
-  parser.add_argument("--write", action="store_true")
+  parser.add_argument(
+    "--budget-seconds",
+    type=float,
+    default=float("inf"),
+    help="after which only the first k is measured",
+  )
+  parser.add_argument("--tiny", action="store_true", help="means nothing")
+  parser.add_argument("--write", action="store_true", help="keep the records")
   options = parser.parse_args(arguments)
+  if options.implementation and options.write:
+    parser.error(
+      f"--implementation {options.implementation} with --write would replace "
+      "the records of the default backend"
+    )
   say(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
   shapes = [(tiny if options.tiny else full)(k) for k in options.top_k]
   built = options.layers, options.directions, options.implementation
@@ -565,13 +583,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
       for record in new:
         print(_line(record), flush=True)
       say(f"measured k = {shape.top_k}")
-      records += new
-      if options.write:
-        timing.merge_records(
-          timing.results_path("bench_attention"),
-          new,
-          key=("shape", "direction", "implementation"),
-        )
+      records += command.store(new, options, bench="bench_attention", key=_KEY)
   if wrong:
     raise wrong[0]
   return records

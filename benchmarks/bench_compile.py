@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from benchmarks import bench_ops, command
 from benchmarks.compiling import abstract
 from benchmarks.shapes import Shape
-from scattermoe_jax.kernels import choose_backend
+from scattermoe_jax.kernels import IMPLEMENTATIONS, choose_backend
 from scattermoe_jax.routing import Routing, route
 
 _KEY = ("shape", "num_experts", "op", "implementation")
@@ -99,12 +99,13 @@ def _line(r: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Measures, prints and, with --write, stores."""
-  parser = command.parser(__doc__, shapes=("S",))
+  # There is one first call.
+  parser = command.parser(__doc__, shapes=("S",), is_sampled=False)
   parser.add_argument("--experts", nargs="+", type=int, default=(8, 128, 512))
   parser.add_argument(
     "--ops", nargs="+", choices=bench_ops.OPS, default=("up", "dx_up", "dw_up")
   )
-  parser.add_argument("--implementation", default=None)
+  parser.add_argument("--implementation", choices=IMPLEMENTATIONS)
   options = parser.parse_args(arguments)
   return command.measure_each(
     options,

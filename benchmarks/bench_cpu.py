@@ -14,50 +14,56 @@ times faster in at most an eighth of the temporary memory, is broken.
 import argparse
 import functools
 import os
+from collections.abc import Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from benchmarks import command, timing
-from scattermoe_jax.ops import parallel_linear
-from scattermoe_jax.routing import Routing, input_rows, route
+from benchmarks import bench_xla, command, timing
+from benchmarks.shapes import Shape
+from scattermoe_jax.routing import route
 from tests.accuracy import assert_accurate
 
-NUM_TOKENS, TOP_K, NUM_EXPERTS, D, N = 2048, 4, 64, 512, 512
+SHAPE = Shape("cpu", 2048, 512, 512, 64, 4)
 PROMISE = 8.0
 
 
-def main() -> None:
-  """Checks, measures and prints; raises if the promise is broken."""
+def main(arguments: Sequence[str] | None = None) -> list[dict]:
+  """Checks, measures, prints, stores; raises if the promise is broken."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--samples", type=int, default=20)
-  parser.add_argument("--write", action="store_true")
-  options = parser.parse_args()
+  parser.add_argument("--tiny", action="store_true", help="means nothing")
+  parser.add_argument("--write", action="store_true", help="keep the records")
+  options = parser.parse_args(arguments)
+  shape = bench_xla.TINY if options.tiny else SHAPE
   records = []
   for groups in ("even", "skewed"):
-    for direction in ("forward", "forward+backward"):
-      made = [measure(groups, direction, options.samples)]
+    for direction in bench_xla.DIRECTIONS:
+      made = [measure(shape, groups, direction, options.samples)]
       key = ("groups", "direction")
       records += command.store(made, options, bench="bench_cpu", key=key)
   for record in records:
-    assert record["times_faster"] >= PROMISE, record
-    assert record["temp_ratio"] <= 1 / PROMISE, record
+    kept = (
+      record["times_faster"] >= PROMISE and record["temp_ratio"] <= 1 / PROMISE
+    )
+    assert options.tiny or kept, record
+  return records
 
 
-def measure(groups: str, direction: str, samples: int) -> dict:
+def measure(shape: Shape, groups: str, direction: str, samples: int) -> dict:
   """Returns the record of one kind of groups, in one direction."""
-  x, w, dy, ids = inputs(groups)
-  routing = jax.block_until_ready(route(ids, NUM_EXPERTS))
-  form = forward if direction == "forward" else gradient
+  x, w, dy, ids = inputs(shape, groups)
+  routing = jax.block_until_ready(route(ids, shape.num_experts))
   compiled = {
-    name: jax.jit(functools.partial(form, product))
+    product.__name__: jax.jit(
+      functools.partial(bench_xla.results, product, direction)
+    )
     .lower(x, w, dy, routing)
     .compile()
-    for name, product in (("ours", ours), ("ragged_dot", ragged_dot))
+    for product in (bench_xla.ours, bench_xla.ragged_dot)
   }
   results = {name: run(x, w, dy, routing) for name, run in compiled.items()}
   check(results, x, w, dy, np.asarray(routing.scattered_ids), ids)
@@ -72,52 +78,30 @@ def measure(groups: str, direction: str, samples: int) -> dict:
     name: run.memory_analysis().temp_size_in_bytes
     for name, run in compiled.items()
   }
-  record = summarise(groups, direction, times, temp)
+  record = summarise(shape, groups, direction, times, temp)
   report(record)
   return record
 
 
-def inputs(groups: str):
+def inputs(shape: Shape, groups: str):
   """Returns x (T, d), w (E, d, n), dy (S, n) and ids (T, k)."""
   rng = np.random.default_rng(0)
+  num_tokens, num_experts = shape.num_tokens, shape.num_experts
   x, w, dy = (
-    jnp.asarray(rng.normal(size=shape), jnp.float32)
-    for shape in (
-      (NUM_TOKENS, D),
-      (NUM_EXPERTS, D, N),
-      (NUM_TOKENS * TOP_K, N),
+    jnp.asarray(rng.normal(size=dims), jnp.float32)
+    for dims in (
+      (num_tokens, shape.d_model),
+      (num_experts, shape.d_model, shape.d_expert),
+      (shape.num_rows, shape.d_expert),
     )
   )
   # Skewed: the popularity of experts falls as 1 / rank.
-  popularity = 1.0 / np.arange(1, NUM_EXPERTS + 1)
+  popularity = 1.0 / np.arange(1, num_experts + 1)
   if groups == "even":
-    popularity = np.ones(NUM_EXPERTS)
-  logits = np.log(popularity) + rng.gumbel(size=(NUM_TOKENS, NUM_EXPERTS))
-  ids = np.argsort(-logits, axis=1)[:, :TOP_K]
+    popularity = np.ones(num_experts)
+  logits = np.log(popularity) + rng.gumbel(size=(num_tokens, num_experts))
+  ids = np.argsort(-logits, axis=1)[:, : shape.top_k]
   return x, w, dy, jnp.asarray(ids, jnp.int32)
-
-
-def ours(x, w, routing: Routing):
-  """Returns (S, n) in grouped order."""
-  return parallel_linear(x, w, routing, grouped_out=True, implementation="xla")
-
-
-def ragged_dot(x, w, routing: Routing):
-  """Returns the same by gathering the rows for `jax.lax.ragged_dot`."""
-  rows = input_rows(routing, x.shape[0], grouped=False)
-  return lax.ragged_dot(x[rows], w, routing.group_sizes)
-
-
-def forward(product, x, w, dy, routing):
-  """Returns (y,)."""
-  del dy
-  return (product(x, w, routing),)
-
-
-def gradient(product, x, w, dy, routing):
-  """Returns (y, dx, dw)."""
-  y, vjp = jax.vjp(lambda x, w: product(x, w, routing), x, w)
-  return y, *vjp(dy)
 
 
 def check(results, x, w, dy, order, ids) -> None:
@@ -126,7 +110,7 @@ def check(results, x, w, dy, order, ids) -> None:
   The baseline of the tolerance rule is plain products of one expert each.
   """
   experts = np.asarray(ids).reshape(-1)[order]
-  tokens = order // TOP_K
+  tokens = order // ids.shape[1]
   wide = (np.asarray(a, np.float64) for a in (x, w, dy))
   truth = by_expert(np.matmul, *wide, tokens, experts)
   plain = by_expert(
@@ -147,7 +131,7 @@ def by_expert(matmul, x, w, dy, tokens, experts):
   x_rows = x[tokens]
   y, dx_rows = np.zeros_like(dy), np.zeros_like(x_rows)
   dw = np.zeros_like(w)
-  for e in range(NUM_EXPERTS):
+  for e in range(len(w)):
     mine = (experts == e)[:, None]
     y = np.where(mine, matmul(x_rows, w[e]), y)
     dx_rows = np.where(mine, matmul(dy, w[e].T), dx_rows)
@@ -158,15 +142,17 @@ def by_expert(matmul, x, w, dy, tokens, experts):
   return y, dx.astype(x.dtype), dw
 
 
-def summarise(groups, direction, times, temp) -> dict:
+def summarise(shape: Shape, groups, direction, times, temp) -> dict:
   """Returns one record of both variants."""
   passes = 1 if direction == "forward" else 3
-  flops = 2 * NUM_TOKENS * TOP_K * D * N * passes
+  d, n = shape.d_model, shape.d_expert
+  flops = 2 * shape.num_rows * d * n * passes
   mine, theirs = times["ours"], times["ragged_dot"]
   return {
     "groups": groups,
     "direction": direction,
-    "shape": f"S={NUM_TOKENS * TOP_K} k={TOP_K} E={NUM_EXPERTS} d={D} n={N}",
+    "shape": f"S={shape.num_rows} k={shape.top_k} E={shape.num_experts} "
+    f"d={d} n={n}",
     "dtype": "float32",
     "cores": os.cpu_count(),
     "ours_ms": mine._asdict(),

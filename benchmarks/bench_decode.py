@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import timing
+from benchmarks import command, timing
 from benchmarks.compiling import Job, abstract, compile_together
 from benchmarks.shapes import normal_array
 from scattermoe_jax import ops
@@ -156,7 +156,8 @@ def jobs_of(name: str, shape: Shape, others: bool) -> dict[Any, Job]:
     (name, "plain"): Job(plain, (x, gates, ids, w_in, w_out)),
     (name, "layers"): Job(several, (x, gates, all_ids, w_in, w_out)),
   }
-  for implementation in IMPLEMENTATIONS[:-1] if others else (chosen,):
+  kernels = IMPLEMENTATIONS[:-1] if others else ()
+  for implementation in dict.fromkeys((chosen, *kernels)):
     one = functools.partial(layer, implementation=implementation)
     jobs[name, implementation] = Job(one, (x, gates, ids, w_in, w_out))
   return jobs
@@ -209,6 +210,7 @@ def measure(name: str, shape: Shape, programs) -> dict[str, Any]:
     "ms_median": round(call_ms.ms_median, 4),
     "ms_p20": round(call_ms.ms_p20, 4),
     "ms_p80": round(call_ms.ms_p80, 4),
+    "samples": call_ms.samples,
     "bound_ms": round(bound[0], 4),
     "of_bytes_bound": round(bound[0] / call_ms.ms_median, 3),
     "layer_ms": round(layer_ms, 4),
@@ -224,11 +226,20 @@ def measure(name: str, shape: Shape, programs) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Prints a line for each shape asked for, returns the records."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("shapes", nargs="*", default=list(SHAPES))
-  parser.add_argument("--others", action="store_true", help="compare backends")
+  known = SHAPES | TINY
+  parser.add_argument(
+    "shapes", nargs="*", default=list(SHAPES), help=f"of {', '.join(known)}"
+  )
+  parser.add_argument(
+    "--others",
+    action="store_true",
+    help="time all kernels, not the default alone",
+  )
   parser.add_argument("--write", action="store_true", help="keep the records")
   options = parser.parse_args(arguments)
-  shapes = {name: (SHAPES | TINY)[name] for name in options.shapes}
+  if unknown := [name for name in options.shapes if name not in known]:
+    parser.error(f"unknown shapes {unknown}; known are {', '.join(known)}")
+  shapes = {name: known[name] for name in options.shapes}
   start = time.perf_counter()
   jobs: dict[Any, Job] = {}
   for name, shape in shapes.items():
@@ -238,7 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   records = []
   for name, shape in shapes.items():
     record = measure(name, shape, programs)
-    records.append(record)
+    key = ("shape",)
+    records += command.store([record], options, bench="bench_decode", key=key)
     print(
       f"{name:11} {record['implementation']:7} "
       f"call {record['ms_median']:.4f} ms {record['of_bytes_bound']:.2f} | "
@@ -247,9 +259,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
       f"{record['ms_median_of_others']}",
       flush=True,
     )
-    if options.write:
-      path = timing.results_path("bench_decode")
-      timing.merge_records(path, [record], key=("shape",))
   return records
 
 

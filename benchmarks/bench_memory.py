@@ -92,15 +92,18 @@ def run(
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Measures, prints and, with --write, stores."""
   parser = command.parser(__doc__, shapes=("C1", "C2", "C3"))
-  parser.add_argument("--variants", nargs="+", default=None)
-  parser.add_argument("--backend", default=None)
-  options = parser.parse_args(arguments)
+  parser.add_argument(
+    "--variants",
+    nargs="+",
+    help="beside chunks_1, of which the others are fractions",
+  )
+  options = command.parse_with_backend(parser, arguments)
   layers = {}
   for name in options.shapes:
     shape = SHAPES[name]
     layers[name] = {
       each: variant(each, shape.num_experts, options.backend)
-      for each in options.variants or variants_of(shape)
+      for each in ("chunks_1", *(options.variants or variants_of(shape)))
     }
   compiled = bench_mlp.compile_shapes(
     layers,

@@ -44,7 +44,14 @@ from jax import lax
 from benchmarks import baselines, command, peers, timing
 from benchmarks.compiling import Job, abstract, compile_together
 from benchmarks.peers import Layer, Step
-from benchmarks.shapes import LAYERS, SHAPES, Shape, expert_ids, normal_array
+from benchmarks.shapes import (
+  LAYERS,
+  ROUTINGS,
+  SHAPES,
+  Shape,
+  expert_ids,
+  normal_array,
+)
 from scattermoe_jax.ops import smoe_mlp
 from scattermoe_jax.routing import route
 from tests.accuracy import assert_accurate
@@ -517,12 +524,23 @@ def main(
     implementations: those that are measured if none is named.
   """
   parser = command.parser(doc, shapes=shapes)
-  parser.add_argument("--implementations", nargs="+", default=implementations)
-  parser.add_argument("--directions", nargs="+", default=DIRECTIONS)
-  parser.add_argument("--routing", default="random")
-  parser.add_argument("--backend", default=None)
-  parser.add_argument("--peer-seconds", type=float, default=60.0)
-  options = parser.parse_args(arguments)
+  parser.add_argument(
+    "--implementations",
+    nargs="+",
+    choices=(*IMPLEMENTATIONS, "composed", *peers.PEERS),
+    default=implementations,
+  )
+  parser.add_argument(
+    "--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS
+  )
+  parser.add_argument("--routing", choices=ROUTINGS, default="random")
+  parser.add_argument(
+    "--peer-seconds",
+    type=float,
+    default=60.0,
+    help="after which building a peer is given up (default: 60)",
+  )
+  options = command.parse_with_backend(parser, arguments)
   layers = {
     name: own_layers(SHAPES[name], options.implementations, options.backend)
     for name in options.shapes

@@ -126,9 +126,19 @@ def compute(backend, product: Product, left, right, routing: Routing):
     right,
     routing,
     grouped_in=product.x_grouped,
-    grouped_out=True,
+    grouped_out=product.y_grouped,
     transpose_w=product.transpose_w,
   )
+
+
+class WithConfig:
+  """A backend whose products are cut by one config."""
+
+  def __init__(self, backend, config):
+    self.scatter2scatter, self.group_xty = (
+      functools.partial(function, config=config)
+      for function in (backend.scatter2scatter, backend.group_xty)
+    )
 
 
 def dense(product: Product, data: Data) -> jax.Array:
@@ -410,9 +420,16 @@ def _line(r: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Measures, prints and, with --write, stores."""
   parser = command.parser(__doc__, shapes=("L", "S"))
-  parser.add_argument("--routings", nargs="+", default=ROUTINGS)
-  parser.add_argument("--implementations", nargs="+", default=["mosaic"])
-  parser.add_argument("--ops", nargs="+", default=OPS)
+  parser.add_argument(
+    "--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS
+  )
+  parser.add_argument(
+    "--implementations",
+    nargs="+",
+    choices=IMPLEMENTATIONS,
+    default=IMPLEMENTATIONS[:1],
+  )
+  parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
   options = parser.parse_args(arguments)
   size = 2**8 if options.shapes == ["tiny"] else 2**31
   measure = functools.partial(

@@ -39,7 +39,7 @@ from scattermoe_jax.models import training
 from scattermoe_jax.models.config import ModelConfig
 from scattermoe_jax.models.transformer import Transformer
 
-VARIANTS = ("mosaic", "xla", "dense")
+VARIANTS = ("mosaic", "xla", "dense")  # and "triton", if it is named
 _MODEL = ModelConfig(
   vocab_size=32768,
   d_model=1024,
@@ -56,6 +56,7 @@ _TINY = dataclasses.replace(
   _MODEL, vocab_size=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=2,
   head_dim=16, d_expert=64,
 )  # fmt: skip
+_BATCH, _LENGTH = 8, 2048
 _LEARNING_RATE = 1e-7
 # Relative, of one model by two backends. A first loss is near that of guessing,
 # whatever a layer does; the norm of the gradient is not.
@@ -144,7 +145,7 @@ def run(
     arguments = memory.argument_size_in_bytes
     records.append(
       {
-        "model": f"d={config.d_model} layers={config.num_layers}",
+        "model": _described(config, batch, length),
         "variant": name,
         "params": training.count_params(states[name].params),
         **took._asdict(),
@@ -162,6 +163,14 @@ def run(
     _check(records)
     print(_line(records[-1]), flush=True)
     yield records[-1]
+
+
+def _described(config: ModelConfig, batch: int, length: int) -> str:
+  """Returns what a record is of; all that is not as usual, in words."""
+  text = f"d={config.d_model} layers={config.num_layers}"
+  if (batch, length) != (_BATCH, _LENGTH):
+    text += f" texts={batch} x {length}"
+  return f"{text} remat" if config.remat else text
 
 
 def _state_of(model: Transformer, optimizer) -> training.TrainState:
@@ -243,12 +252,16 @@ def _line(r: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Measures, prints and, with --write, stores."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--variants", nargs="+", default=VARIANTS)
-  parser.add_argument("--steps", type=int, default=20)
-  parser.add_argument("--batch", type=int, default=8)
-  parser.add_argument("--length", type=int, default=2048)
+  parser.add_argument(
+    "--variants", nargs="+", choices=(*VARIANTS, "triton"), default=VARIANTS
+  )
+  parser.add_argument("--steps", type=int, default=20, help="that are timed")
+  parser.add_argument("--batch", type=int, default=_BATCH, help="texts")
+  parser.add_argument("--length", type=int, default=_LENGTH, help="tokens each")
   parser.add_argument("--layers", type=int, default=None)
-  parser.add_argument("--remat", action="store_true")
+  parser.add_argument(
+    "--remat", action="store_true", help="compute layers again in the backward"
+  )
   parser.add_argument("--tiny", action="store_true", help="runs on a CPU")
   parser.add_argument("--write", action="store_true", help="keep the records")
   options = parser.parse_args(arguments)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks import timing
+from benchmarks import command, timing
 from benchmarks.compiling import Job, compile_together
 from benchmarks.shapes import Shape, expert_ids, normal
 from scattermoe_jax.ops import parallel_linear
@@ -104,7 +104,6 @@ def measure(
   passes = 1 if direction == "forward" else 3
   flops = 2 * shape.num_rows * shape.d_model * shape.d_expert * passes
   record = {
-    "bench": "bench_xla",
     **shape._asdict(),
     "direction": direction,
     "dtype": str(x.dtype),
@@ -130,20 +129,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   """Checks, measures, prints, stores; raises if the promise is broken."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--samples", type=int, default=20)
-  parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS))
+  parser.add_argument(
+    "--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS
+  )
   parser.add_argument("--tiny", action="store_true", help="means nothing")
   parser.add_argument("--write", action="store_true", help="keep the records")
   options = parser.parse_args(arguments)
   shape = TINY if options.tiny else SHAPE
   records = []
   for direction in options.directions:
-    records.append(measure(shape, direction, samples=options.samples))
-    if options.write:
-      timing.merge_records(
-        timing.results_path("bench_xla"),
-        records[-1:],
-        key=("name", "direction"),
-      )
+    made = [measure(shape, direction, samples=options.samples)]
+    key = ("name", "direction")
+    records += command.store(made, options, bench="bench_xla", key=key)
   for record in records:
     assert options.tiny or record["times_faster"] >= PROMISE, record
   return records

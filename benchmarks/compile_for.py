@@ -4,12 +4,15 @@
       [--shapes L odd decode]
 
 XLA and ptxas compile every product of a layer to machine code for a device that
-is only described, and refuse what its shared memory does not hold. Needs JAX
-with its CUDA plugin; runs nothing.
+is only described, and refuse what its shared memory does not hold: the six of
+`benchmarks.bench_ops`, and what `parallel_linear` has besides, results that are
+scattered (up_scattered) and a weight gradient of rows all grouped (dw_grouped).
+Needs JAX with its CUDA plugin, but no GPU; runs nothing.
 """
 
 import argparse
 import contextlib
+import functools
 import time
 from collections.abc import Sequence
 
@@ -17,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from benchmarks import bench_ops
+from benchmarks.shapes import Shape
 from scattermoe_jax._compat import Device
 from scattermoe_jax.kernels import triton
 from scattermoe_jax.kernels.triton.tiles import (
@@ -24,7 +29,6 @@ from scattermoe_jax.kernels.triton.tiles import (
   scatter2scatter_config,
   shared_limit,
 )
-from scattermoe_jax.routing import Routing
 
 CARDS = {
   "A100": Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108),
@@ -35,11 +39,13 @@ CARDS = {
     "gpu", "NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0), 188
   ),
 }
-# (T, d, n, E, k): large tiles; widths off every block; few rows per expert.
 SHAPES = {
-  "L": (32768, 4096, 2048, 128, 8),
-  "odd": (3000, 600, 104, 8, 2),
-  "decode": (64, 4096, 2048, 128, 8),
+  shape.name: shape
+  for shape in (
+    Shape("L", 32768, 4096, 1024, 128, 8),  # large tiles
+    Shape("odd", 3000, 600, 52, 8, 2),  # widths off every block
+    Shape("decode", 64, 4096, 1024, 128, 8),  # few rows per expert
+  )
 }
 
 
@@ -79,69 +85,61 @@ def topology(card: Device) -> topologies.TopologyDescription:
     ) from error
 
 
-def products(card: Device, sizes: tuple[int, ...], dtype) -> dict:
-  """Returns (function, shapes of its operands) of a layer's five, by name."""
-  tokens, d, n, experts, top_k = sizes
-  rows, itemsize = tokens * top_k, jnp.dtype(dtype).itemsize
+def products(shape: Shape) -> dict[str, bench_ops.Product]:
+  """Returns what is compiled, by name."""
+  of_mlp = bench_ops.products(shape)
+  others = (
+    of_mlp["up"]._replace(op="up_scattered", y_grouped=False),
+    of_mlp["dw_up"]._replace(
+      op="dw_grouped", operands=("rows", "dh"), x_grouped=True
+    ),
+  )
+  return of_mlp | {product.op: product for product in others}
 
-  def multiply(d_in, d_out, **layout):
+
+def backend_for(
+  card: Device, shape: Shape, product: bench_ops.Product, dtype
+) -> bench_ops.WithConfig:
+  """Returns the backend with the blocks that it would choose on a card."""
+  itemsize = jnp.dtype(dtype).itemsize
+  if product.is_weight_gradient:
+    config = group_xty_config(
+      *product.widths,
+      itemsize,
+      capability=card.capability,
+      is_gathered=not (product.x_grouped and product.y_grouped),
+    )
+  else:
     config = scatter2scatter_config(
-      rows,
-      experts,
-      d_in,
-      d_out,
+      shape.num_rows,
+      shape.num_experts,
+      *product.widths,
       itemsize,
       capability=card.capability,
       num_cores=card.num_cores,
-      grouped_in=layout.get("grouped_in", False),
+      grouped_in=product.x_grouped,
     )
-    return lambda x, w, routing: triton.scatter2scatter(
-      x, w, routing, config=config, **layout
-    )
-
-  def transpose(d_in, d_out, **layout):
-    config = group_xty_config(
-      d_in,
-      d_out,
-      itemsize,
-      capability=card.capability,
-      is_gathered="x_grouped" not in layout,
-    )
-    return lambda x, y, routing: triton.group_xty(
-      x, y, routing, config=config, **layout
-    )
-
-  grouped = dict(grouped_in=True, grouped_out=True)
-  return {
-    "up": (multiply(d, n, grouped_out=True), (tokens, d), (experts, d, n)),
-    "down": (multiply(n, d, grouped_in=True), (rows, n), (experts, n, d)),
-    "dx": (
-      multiply(n, d, transpose_w=True, **grouped), (rows, n), (experts, d, n)
-    ),
-    "dw": (transpose(d, n, y_grouped=True), (tokens, d), (rows, n)),
-    "dw_grouped": (
-      transpose(d, n, x_grouped=True, y_grouped=True), (rows, d), (rows, n)
-    ),
-  }  # fmt: skip
+  return bench_ops.WithConfig(triton, config)
 
 
-def compile_for(
-  card: Device, sizes: tuple[int, ...], dtype
-) -> dict[str, str | None]:
+def compile_for(card: Device, shape: Shape, dtype) -> dict[str, str | None]:
   """Returns why each product does not compile, None where it does."""
   devices = topology(card).devices
   mesh = jax.sharding.Mesh(devices, ("x",))
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  struct = lambda shape, dtype: jax.ShapeDtypeStruct(
-    shape, dtype, sharding=everywhere
+  struct = lambda a, dtype: jax.ShapeDtypeStruct(
+    a.shape, dtype, sharding=everywhere
   )
-  tokens, _, _, experts, top_k = sizes
-  ids = [(tokens * top_k,), (tokens * top_k,), (tokens, top_k), (experts,)]
-  routing = Routing(*(struct(shape, jnp.int32) for shape in ids))
+  data, routing = jax.eval_shape(
+    lambda: (bench_ops.arrays(shape), bench_ops.routing_of(shape, "even"))
+  )
+  routing = jax.tree.map(lambda a: struct(a, a.dtype), routing)
   found: dict[str, str | None] = {}
-  for name, (function, *shapes) in products(card, sizes, dtype).items():
+  for name, product in products(shape).items():
+    backend = backend_for(card, shape, product, dtype)
+    function = functools.partial(bench_ops.compute, backend, product)
+    operands = [struct(data[operand], dtype) for operand in product.operands]
     jitted = jax.jit(function, out_shardings=everywhere)
-    operands = [struct(shape, dtype) for shape in shapes]
     try:
       with _described(card):
         traced = jitted.trace(*operands, routing)

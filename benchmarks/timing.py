@@ -17,9 +17,11 @@ import collections
 import datetime
 import functools
 import json
+import os
 import pathlib
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -143,13 +145,18 @@ def _in_turn(first, second) -> Callable[[], Any]:
 
 @functools.cache
 def environment() -> dict[str, Any]:
-  """Returns what a record says of where and how it was made."""
+  """Returns what a record says of where and how it was made.
+
+  Where there is no history of the repository to ask, BENCH_COMMIT names the
+  commit that runs.
+  """
   device = jax.devices()[0]
   return {
     "device": device.device_kind,
     "jax": jax.__version__,
     "python": platform.python_version(),
-    "commit": _output("git", "rev-parse", "--short", "HEAD"),
+    "commit": os.environ.get("BENCH_COMMIT")
+    or _output("git", "rev-parse", "--short", "HEAD"),
     "driver": _output(
       "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
     ),
@@ -216,7 +223,12 @@ def read_records(path: pathlib.Path | str) -> list[dict[str, Any]]:
 
 
 def results_path(name: str, device: str | None = None) -> pathlib.Path:
-  """Returns results/<device>/<name>.json, such as results/h200/...."""
+  """Returns results/<device>/<name>.json, such as results/h200/....
+
+  A card is called by the words up to its number: h100 of "NVIDIA H100 80GB
+  HBM3", geforce-rtx-4090.
+  """
   kind = (device or jax.devices()[0].device_kind).lower()
-  kind = kind.removeprefix("nvidia ").split()[0]
-  return RESULTS / kind / f"{name}.json"
+  words = kind.removeprefix("nvidia ").split()
+  numbered = (i for i, word in enumerate(words) if re.search(r"\d", word))
+  return RESULTS / "-".join(words[: next(numbered, 0) + 1]) / f"{name}.json"

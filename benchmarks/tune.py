@@ -98,21 +98,11 @@ def cases(shape: Shape) -> list[Case]:
 
 def _plain(mosaic, product: bench_ops.Product) -> Callable[..., Any]:
   def call(data, routing, config):
-    backend = _WithConfig(mosaic, config)
+    backend = bench_ops.WithConfig(mosaic, config)
     left, right = (data[name] for name in product.operands)
     return bench_ops.compute(backend, product, left, right, routing)
 
   return call
-
-
-class _WithConfig:
-  """The backend, its products cut by one config."""
-
-  def __init__(self, backend, config: TileConfig):
-    self.scatter2scatter, self.group_xty = (
-      functools.partial(function, config=config)
-      for function in (backend.scatter2scatter, backend.group_xty)
-    )
 
 
 def pruned(op: str, problem: Problem) -> list[TileConfig]:

@@ -16,3 +16,10 @@ def test_bench_compile_adds_up_the_parts_of_a_first_call():
     parts = [record[f"{part}_s"] for part in ("lower", "compile", "call")]
     assert min(parts) > 0 and record["implementation"] == "xla"
     assert record["first_call_s"] == pytest.approx(sum(parts))
+
+
+def test_bench_compile_offers_no_samples(capsys):
+  """A first call happens once."""
+  with pytest.raises(SystemExit):
+    bench_compile.main(["--shapes", "tiny", "--samples", "2"])
+  assert "unrecognized arguments: --samples" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Every benchmark runs, on a CPU, on a problem too small to mean anything."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import (
+  bench_attention,
   bench_granularity,
   bench_memory,
   bench_mlp,
@@ -79,6 +81,53 @@ def test_merge_records_replaces_by_key(tmp_path):
   merged = {r["op"]: r for r in json.loads(path.read_text())}
   assert {op: r["ms"] for op, r in merged.items()} == {"up": 1.0, "down": 3.0}
   assert {"device", "jax", "command", "commit", "date"} <= set(merged["up"])
+
+
+def test_a_record_names_its_commit_without_a_history(monkeypatch):
+  monkeypatch.setenv("BENCH_COMMIT", "0123abc")
+  made_here = timing.environment.__wrapped__
+  assert made_here()["commit"] == "0123abc"
+
+
+@pytest.mark.parametrize(
+  ("device", "folder"),
+  [
+    ("cpu", "cpu"),
+    ("NVIDIA H100 80GB HBM3", "h100"),
+    ("NVIDIA H200", "h200"),
+    ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090"),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000"),
+  ],
+)
+def test_every_card_has_a_folder_of_its_own(device, folder):
+  path = timing.results_path("bench_ops", device)
+  assert path == timing.RESULTS / folder / "bench_ops.json"
+
+
+@pytest.mark.parametrize(
+  ("main", "flags", "message"),
+  [
+    (bench_ops.main, "--shapes tiny --ops upp", "invalid choice: 'upp'"),
+    (bench_ops.main, "--shapes tiny --implementations cu", "invalid choice"),
+    (bench_mlp.main, "--shapes tiny --implementations sonic", "'sonic'"),
+    (bench_mlp.main, "--shapes tiny --directions backward", "'backward'"),
+    (bench_mlp.main, "--shapes tiny --routing odd", "invalid choice: 'odd'"),
+    (bench_mlp.main, "--shapes tiny --backend xla --write", "the default"),
+    (bench_memory.main, "--shapes tiny --backend xla --write", "the default"),
+    (bench_attention.main, "--tiny --implementation xla --write",
+     "the default"),
+    (bench_attention.main, "--tiny --directions backward", "invalid choice"),
+    (bench_train.main, "--tiny --variants dens", "invalid choice: 'dens'"),
+  ],
+)  # fmt: skip
+def test_what_nobody_measures_is_refused(
+  main, flags, message, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(timing, "results_path", lambda bench: tmp_path / bench)
+  with pytest.raises(SystemExit):
+    main(flags.split())
+  assert message in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("routing", shapes.ROUTINGS)
@@ -257,7 +306,7 @@ def test_bench_memory_measures_chunks_of_whole_tiles(shape, counts):
 def test_bench_memory_keeps_less_for_less():
   records = bench_memory.main(
     ["--shapes", "tiny", "--backend", "xla", "--samples", "2"]
-    + ["--sample-ms", "0", "--variants", "chunks_1", "keep_nothing", "keep_h"]
+    + ["--sample-ms", "0", "--variants", "keep_nothing", "keep_h"]
   )
   held = {r["implementation"]: r["held_mib"] for r in records}
   assert held["keep_nothing"] < held["keep_h"] <= held["chunks_1"]
@@ -296,6 +345,14 @@ def test_bench_train_says_how_uneven_the_routing_is():
   arguments = ["--tiny", "--batch", "2", "--length", "16", "--steps", "1"]
   [record] = bench_train.main([*arguments, "--variants", "xla"])
   assert 1 < record["busiest_expert"] < bench_train._TINY.num_experts
+
+
+def test_bench_train_keeps_unusual_steps_apart():
+  name = lambda *args, **changes: bench_train._described(
+    dataclasses.replace(bench_train._MODEL, **changes), *args
+  )
+  assert name(8, 2048) == "d=1024 layers=16"  # As in the records.
+  assert name(2, 2048, remat=True) == "d=1024 layers=16 texts=2 x 2048 remat"
 
 
 def test_bench_train_starts_from_small_weights_and_unit_scales():

@@ -1,34 +1,39 @@
 """What is compiled for absent GPUs: a layer's products, of the right shapes."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import pytest
 
-from benchmarks import compile_for
-from scattermoe_jax.routing import Routing
+from benchmarks import bench_ops, compile_for
 
 
 @pytest.mark.parametrize("card", compile_for.CARDS)
 @pytest.mark.parametrize("shape", compile_for.SHAPES)
-def test_compile_for_has_the_five_products_of_a_layer(card, shape):
-  sizes = compile_for.SHAPES[shape]
-  tokens, d, n, experts, top_k = sizes
-  rows = tokens * top_k
-  ids = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
-  routing = Routing(ids(rows), ids(rows), ids(tokens, top_k), ids(experts))
-  found = {}
-  products = compile_for.products(
-    compile_for.CARDS[card], sizes, jnp.dtype("bfloat16")
+def test_compile_for_has_the_products_of_a_layer(card, shape):
+  shape = compile_for.SHAPES[shape]
+  rows, experts = shape.num_rows, shape.num_experts
+  d, n = shape.d_model, shape.d_expert
+  data, routing = jax.eval_shape(
+    lambda: (bench_ops.arrays(shape), bench_ops.routing_of(shape, "even"))
   )
-  for name, (function, *shapes) in products.items():
-    operands = [jax.ShapeDtypeStruct(dims, jnp.bfloat16) for dims in shapes]
+  found = {}
+  for name, product in compile_for.products(shape).items():
+    backend = compile_for.backend_for(
+      compile_for.CARDS[card], shape, product, "bfloat16"
+    )
+    function = functools.partial(bench_ops.compute, backend, product)
+    operands = [data[operand] for operand in product.operands]
     found[name] = jax.eval_shape(function, *operands, routing).shape
   assert found == {
-    "up": (rows, n),
+    "up": (rows, 2 * n),
     "down": (rows, d),
-    "dx": (rows, d),
-    "dw": (experts, d, n),
-    "dw_grouped": (experts, d, n),
+    "dx_down": (rows, n),
+    "dx_up": (rows, d),
+    "dw_down": (experts, n, d),
+    "dw_up": (experts, d, 2 * n),
+    "up_scattered": (rows, 2 * n),
+    "dw_grouped": (experts, d, 2 * n),
   }
 
 
