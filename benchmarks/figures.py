@@ -55,6 +55,13 @@ def draw_all(
   return drawn
 
 
+def made_on(records: Sequence[Record]) -> str:
+  """Returns on what devices, and by what JAX, records were made."""
+  return " and ".join(
+    dict.fromkeys(f"{r['device']}, JAX {r['jax']}" for r in records)
+  )
+
+
 def draw_layers(records: Sequence[Record], path: pathlib.Path) -> None:
   """Draws speed, forward and training, and the peak of memory, by shape."""
   shapes = in_order(r["shape"] for r in records)
@@ -72,7 +79,7 @@ def draw_layers(records: Sequence[Record], path: pathlib.Path) -> None:
     _bars(panel, mine, shapes, field)
     panel.set_title(title, loc="left", fontsize=10)
   _legend(figure)
-  _save(figure, path)
+  _save(figure, path, records)
 
 
 def draw_memory(records: Sequence[Record], path: pathlib.Path) -> None:
@@ -106,7 +113,7 @@ def draw_memory(records: Sequence[Record], path: pathlib.Path) -> None:
     panel.set_xlim(0, 1.5 * max(peaks[shape]))
     panel.set_ylim(0.98, 1.06)
   panels[0].set_ylabel("time, of the layer as it is")
-  _save(figure, path)
+  _save(figure, path, records)
 
 
 def variant_label(name: str) -> str:
@@ -159,7 +166,7 @@ def _draw_by_k(records, path, label: str) -> None:
     panel.margins(y=0.1)
     panel.set_ylim(bottom=0)
   _legend(figure)
-  _save(figure, path)
+  _save(figure, path, records)
 
 
 def _bars(panel, records, shapes: Sequence[str], field: str) -> None:
@@ -236,9 +243,11 @@ def _legend(figure) -> None:
   )
 
 
-def _save(figure, path: pathlib.Path) -> None:
+def _save(figure, path: pathlib.Path, records: Sequence[Record]) -> None:
+  """Writes a picture that says where its records were made."""
   import matplotlib.pyplot as plt
 
+  figure.suptitle(made_on(records), x=0.99, ha="right", fontsize=8)
   for panel in figure.axes:
     panel.spines[["top", "right"]].set_visible(False)
   figure.savefig(path, dpi=130)

@@ -4,7 +4,9 @@
 
 Prints the tables of `docs/speed.md`; with --readme writes that page, the few of
 them that stand between the README's speed markers, and the pictures, that of
-`bench_mlp` only beside a peer. No number is typed by hand.
+`bench_mlp` only beside a peer. Every number is a record's. Benchmarks write
+records; those whose note is `tables.COPIED` were copied from what a command had
+printed, and the tables that they are in say so.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from benchmarks import figures, tables
+from benchmarks import figures, tables, train_attention
 from benchmarks.peers import PEERS
 from benchmarks.shapes import GRANULARITY
 from benchmarks.tables import Record
@@ -38,7 +40,9 @@ Written by `python -m benchmarks.report --readme` from the records in
 `benchmarks/results`, each with the command that made it; commands that differ
 in their shapes alone are written as one. How many times faster one is than
 another was read within one run; times beside it may be of another, on another
-card of that name. Columns "of ..." are fractions of what they name, of its
+card of that name. Under a table stands the widest spread of its times: how far
+apart the 20th and the 80th percentile of a time's samples are, as a part of
+their median. Columns "of ..." are fractions of what they name, of its
 speed, its bytes or its time; "times faster" are factors, which above 1 speak
 for this library. What is empty was not measured, or not in the same run.
 Pictures of speed and memory are of the H200. [kernels.md](kernels.md) says
@@ -84,6 +88,7 @@ class Section(NamedTuple):
       r
       for r in load(self.device, self.bench)
       if shapes is None or r.get("shape") in shapes
+      if r.get("routing", "random") == "random"
       if all(r[field] in values for field, values in self.only.items())
     ]
     made = self.table(records) if records else ""
@@ -155,7 +160,6 @@ def pictures() -> str:
 
 
 def _made_by(records: Sequence[Record]) -> str:
-  first = records[0]
   # Commands that differ in their shapes alone are said once.
   shapes: dict[str, dict[str, None]] = {}
   for command in dict.fromkeys(r["command"] for r in records):
@@ -167,7 +171,13 @@ def _made_by(records: Sequence[Record]) -> str:
   made = " and ".join(f"`{command}`" for command in commands)
   dates = sorted({r["date"] for r in records})
   when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-  return f"{first['device']}, JAX {first['jax']}, {when}: {made}."
+  text = f"{figures.made_on(records)}, {when}: {made}."
+  if spread := tables.widest_spread(records):
+    text += f" Spread of a time: at most {spread:.0%} of its median."
+  if copied := sum(r.get("note") == tables.COPIED for r in records):
+    text += f" Copied from what the command printed: {copied} of "
+    text += f"{len(records)} records."
+  return text
 
 
 def write_readme(path: pathlib.Path = _ROOT / "README.md") -> None:
@@ -195,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--readme", action="store_true")
   if parser.parse_args(arguments).readme:
     figures.draw_all(pictured, _ROOT / _IMAGES)
+    if runs := load("cpu", "train_attention"):
+      train_attention.draw(runs)
     page = f"{_TITLE}\n{speed_section()}\n{pictures()}"
     (_ROOT / "docs" / "speed.md").write_text(page)
     write_readme()

@@ -8,6 +8,8 @@ from benchmarks.peers import PEERS
 from benchmarks.shapes import SHAPES, Shape, in_order
 
 Record = dict[str, Any]
+# The note of a record that no benchmark wrote: rounded as it was printed.
+COPIED = "figures as printed by the command"
 # Of the columns of times.
 _IN_TURN = ("scattermoe_jax", "dense", *PEERS)
 
@@ -105,13 +107,15 @@ def by_k(records: Sequence[Record], title: str) -> str:
 
 def attention(records: Sequence[Record]) -> str:
   """Returns how much faster a mixture of attention is than its rivals."""
+  rivals = ("dense", "regroup", "regroup_fused")
   rows = [
     [
       f"k={r['top_k']}, {r['direction']}",
       f"{r['ms_median']:.2f} ms",
-      f"{r['speed_over_dense']:.2f}",
-      f"{r['speed_over_regroup']:.2f}",
-      f"{fused:.2f}" if (fused := r.get("speed_over_regroup_fused")) else "",
+      *(
+        f"{faster:.2f}" if (faster := r.get(f"speed_over_{rival}")) else ""
+        for rival in rivals
+      ),
     ]
     for r in records
     if r["implementation"] == "moa"
@@ -242,6 +246,21 @@ def plain(records: Sequence[Record]) -> str:
   ]
   header = ["the plain backend on a GPU, against `ragged_dot`", "time"]
   return _table([*header, "times faster", "of its memory"], rows)
+
+
+def widest_spread(records: Sequence[Record]) -> float:
+  """Returns the most that 60 % of a time's samples span, over its median.
+
+  0 where no record has a time.
+  """
+  times = [
+    time
+    for r in records
+    for time in (r, *(v for v in r.values() if isinstance(v, dict)))
+    if "ms_p20" in time
+  ]
+  spreads = [(t["ms_p80"] - t["ms_p20"]) / t["ms_median"] for t in times]
+  return max(spreads, default=0.0)
 
 
 def _described(name: str) -> str:

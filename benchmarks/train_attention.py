@@ -8,7 +8,7 @@ parameters in it, on the demo's data. The runs first, each a few minutes:
   python -m scattermoe_jax.models.train --out runs/moa $size --attention moa
   python -m scattermoe_jax.models.train --out runs/gqa $size \
     --set num_heads=6 --set num_kv_heads=2
-  python benchmarks/train_attention.py runs/mha runs/moa runs/gqa
+  python -m benchmarks.train_attention runs/mha runs/moa runs/gqa
 
 One seed each, and differences of 0.01 mean nothing: two versions of this
 library that hardly differ but in the order of sums ended 0.012 apart (moa,
@@ -16,15 +16,20 @@ library that hardly differ but in the order of sums ended 0.012 apart (moa,
 began with k / fan-in as variance instead of 1 / fan-in.
 
 Writes benchmarks/results/cpu/train_attention.json and
-docs/images/train_attention.png, the picture from the record.
+docs/images/train_attention.png, the picture from the record. A folder's name
+says which of the runs it is.
 """
 
-import datetime
+import argparse
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
-import sys
+from collections.abc import Sequence
+
+from benchmarks import timing
+from benchmarks.figures import made_on
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/results/cpu/train_attention.json"
@@ -91,7 +96,8 @@ def draw(records: list[dict]) -> None:
   axes.set_xlabel("training step")
   axes.set_ylabel("bits per byte of held-out text")
   axes.set_title(
-    "Attention of equally many active parameters, in one language model",
+    "Attention of equally many active parameters, in one language model\n"
+    + made_on(records),
     loc="left",
     fontsize=11,
   )
@@ -100,14 +106,22 @@ def draw(records: list[dict]) -> None:
   figure.savefig(PICTURE, dpi=150)
 
 
-def main(folders: list[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   """Writes the record and its picture."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument(
+    "folders", nargs="+", type=pathlib.Path, help="runs, named as above"
+  )
+  folders = parser.parse_args(arguments).folders
+  if unknown := sorted({folder.name for folder in folders} - FLAGS.keys()):
+    parser.error(f"folders are called {', '.join(FLAGS)}; got {unknown}")
+  here = timing.environment()
   made = {
-    "device": f"{platform.machine()} CPU, 2 cores",
+    "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
     **{name: importlib.metadata.version(name) for name in ("jax", "flax")},
-    "date": datetime.date.today().isoformat(),
+    **{name: here[name] for name in ("commit", "date")},
   }
-  records = [read_run(pathlib.Path(folder)) | made for folder in folders]
+  records = [read_run(folder) | made for folder in folders]
   RECORD.parent.mkdir(parents=True, exist_ok=True)
   PICTURE.parent.mkdir(parents=True, exist_ok=True)
   RECORD.write_text(json.dumps(records, indent=2) + "\n")
@@ -120,4 +134,4 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  main()

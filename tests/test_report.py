@@ -1,8 +1,17 @@
 """Tables and pictures say what the records say."""
 
+import re
+
 import pytest
 
-from benchmarks import figures, report, shapes, tables, timing
+from benchmarks import (
+  figures,
+  report,
+  shapes,
+  tables,
+  timing,
+  train_attention,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -14,9 +23,13 @@ MS = {
 }
 
 
+MADE = {"device": "a card", "jax": "1.2"}
+
+
 def layer_records(names):
   return [
     {
+      **MADE,
       "shape": shape,
       "direction": direction,
       "routing": "random",
@@ -199,6 +212,54 @@ def test_records_of_several_days_say_so(monkeypatch):
   assert "card, JAX 1, today: " in section.text(["C1"])
 
 
+def test_a_section_says_how_far_its_times_spread(monkeypatch):
+  records = made_here(layer_records(["C1", "C2"]))
+  monkeypatch.setattr(report, "load", lambda device, bench: records)
+  section = report.Section("bench_mlp", tables.layers)
+  assert "Spread" not in section.text()
+  for r in records:
+    r |= {"ms_p20": 0.99 * r["ms_median"], "ms_p80": 1.01 * r["ms_median"]}
+  records[0]["ms_p80"] = 1.06 * records[0]["ms_median"]
+  # Not in the table, and so not in what is said of it.
+  records.append({**records[-1], "routing": "zipf", "ms_p20": 0.0})
+  spread = "Spread of a time: at most {} of its median."
+  assert section.text().endswith(spread.format("7%"))
+  assert section.text(["C2"]).endswith(spread.format("2%"))
+
+
+def test_spreads_of_times_inside_a_record_count():
+  time = {"ms_median": 10.0, "ms_p20": 9.0, "ms_p80": 12.0}
+  assert tables.widest_spread([{"ours_ms": time, "shape": "S"}]) == 0.3
+
+
+def test_records_that_were_copied_say_so(monkeypatch):
+  records = made_here(layer_records(["C1", "C2"]))
+  monkeypatch.setattr(report, "load", lambda device, bench: records)
+  section = report.Section("bench_mlp", tables.layers)
+  records[0]["note"] = "tiles by its own tuner"
+  assert "Copied" not in section.text()
+  records[1]["note"] = tables.COPIED
+  copied = "Copied from what the command printed: 1 of {} records."
+  assert section.text().endswith(copied.format(16))
+  assert "Copied" not in section.text(["C2"])
+
+
+def test_every_copied_record_is_in_a_table_that_says_so():
+  counted = 0
+  for path in timing.RESULTS.rglob("*.json"):
+    notes = [r.get("note") for r in timing.read_records(path)]
+    counted += sum(bool(note) and "printed" in note for note in notes)
+  said = re.findall(r"printed: (\d+) of", report.speed_section())
+  assert counted == sum(map(int, said))
+
+
+def test_attention_table_leaves_out_rivals_that_did_not_run():
+  record = {"implementation": "moa", "top_k": 8, "direction": "forward"}
+  record |= {"ms_median": 7.0, "speed_over_regroup": 1.5}
+  *_, row = tables.attention([record]).splitlines()
+  assert row == "| k=8, forward | 7.00 ms |  | 1.50 |  |"
+
+
 def test_commands_that_differ_in_their_shapes_are_said_once(monkeypatch):
   records = made_here(layer_records(["C1", "C2"]))
   records[0]["command"] = "python -m benchmarks.other"
@@ -274,13 +335,14 @@ def test_pictures_have_every_implementation(tmp_path, monkeypatch):
     "bench_granularity": layer_records(shapes.GRANULARITY),
     "bench_sparsity": layer_records(shapes.SPARSITY),
   }
-  labels = {}
+  labels, titles = {}, {}
   save = figures._save
 
-  def look(figure, path):
+  def look(figure, path, records):
     texts = (text for g in figure.legends for text in g.get_texts())
     labels[path.stem] = {text.get_text() for text in texts}
-    save(figure, path)
+    save(figure, path, records)
+    titles[path.stem] = figure.get_suptitle()
 
   monkeypatch.setattr(figures, "_save", look)
   drawn = figures.draw_all(lambda bench: records[bench], tmp_path)
@@ -288,8 +350,33 @@ def test_pictures_have_every_implementation(tmp_path, monkeypatch):
   assert all(path.stat().st_size > 5000 for path in drawn)
   for bench in ("bench_mlp", "bench_granularity", "bench_sparsity"):
     assert labels[bench] == {figures.LABELS[name] for name in MS}, bench
+  assert titles == dict.fromkeys(records, "a card, JAX 1.2")
 
 
 def test_a_benchmark_that_never_ran_has_no_picture(tmp_path):
   assert figures.draw_all(lambda bench: [], tmp_path / "images") == []
   assert not (tmp_path / "images").exists()
+
+
+def test_the_picture_of_learning_says_where_it_was_made(tmp_path, monkeypatch):
+  import matplotlib.pyplot as plt
+
+  monkeypatch.setattr(train_attention, "PICTURE", tmp_path / "drawn.png")
+  run = {"label": "dense", "validation_bits": 2.0, **MADE}
+  run |= {"validation_steps": [1, 2], "validation_curve": [2.5, 2.0]}
+  train_attention.draw([run])
+  [axes] = plt.gcf().axes
+  assert axes.get_title(loc="left").endswith("a card, JAX 1.2")
+  plt.close()
+  assert train_attention.PICTURE.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("folders", [[], ["runs/mha", "runs/mhb"]])
+def test_no_record_of_learning_is_lost_to_a_slip(
+  folders, tmp_path, monkeypatch
+):
+  for name in ("RECORD", "PICTURE"):
+    monkeypatch.setattr(train_attention, name, tmp_path / name)
+  with pytest.raises(SystemExit):
+    train_attention.main(folders)
+  assert not list(tmp_path.iterdir())
