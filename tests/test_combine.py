@@ -58,6 +58,18 @@ def test_nothing_leaks_from_rows_of_no_group():
   np.testing.assert_array_equal(dgates, [[1.0, 0.0], [0.0, 2.0]])
 
 
+def test_nothing_leaks_from_gates_of_no_group():
+  ids = jnp.asarray([[0, -1], [5, 1]])
+  routing = route(ids, 2)
+  y = jnp.asarray([[1.0], [2.0], [3.0], [4.0]])
+  gates = jnp.asarray([[1.0, jnp.nan], [jnp.inf, 1.0]])
+  out, vjp = jax.vjp(lambda y, gates: combine(y, gates, routing), y, gates)
+  np.testing.assert_array_equal(out, [[1.0], [2.0]])
+  dy, dgates = vjp(jnp.ones_like(out))
+  np.testing.assert_array_equal(dy, [[1.0], [1.0], [0.0], [0.0]])
+  np.testing.assert_array_equal(dgates, [[1.0, 0.0], [0.0, 2.0]])
+
+
 @pytest.mark.parametrize("gates_dtype", [jnp.bfloat16, jnp.float32])
 def test_sums_are_kept_in_float32(gates_dtype):
   y, gates = operands(jnp.bfloat16, gates_dtype)

@@ -215,6 +215,35 @@ _IMPLEMENTED = {
 }
 
 
+def assert_gates_of_no_group_add_nothing(case, dtype, function):
+  ids = jnp.asarray(strategies.expert_ids(case, "some_not_here"))
+  here = (ids >= 0) & (ids < case.num_experts)
+  arrays = inputs(case, dtype)
+  form = (ids, "silu", case.num_experts)
+  expected = value_and_grads(function, arrays, *form)
+  for value in (jnp.nan, jnp.inf):
+    gates = jnp.where(here, arrays.gates, jnp.full_like(arrays.gates, value))
+    got = value_and_grads(function, arrays._replace(gates=gates), *form)
+    for name, a, b in zip(NAMES, got, expected, strict=True):
+      np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_gates_of_no_group_may_hold_anything(num_chunks):
+  chunked = functools.partial(ours, num_chunks=num_chunks)
+  assert_gates_of_no_group_add_nothing(CASE, jnp.float32, chunked)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_gates_of_no_group_may_hold_anything_on_a_gpu(name):
+  case = Case(300, 4, 8, 256, 128)
+  problem = Problem(case.num_rows, 8, 256, 128, "bfloat16", current_device())
+  if reason := reason_against(name, [problem]):
+    pytest.skip(reason)
+  assert_gates_of_no_group_add_nothing(case, jnp.bfloat16, _IMPLEMENTED[name])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

@@ -17,7 +17,7 @@ def combine(
   """Returns out[t] = sum_j gates[t, j] * y[grouped row of choice j of t].
 
   Each token gathers its own k rows: no atomics, one fixed order of the sum.
-  Choices that are 'not here' add nothing, whatever y holds in their rows.
+  Choices that are 'not here' add nothing, whatever y and the gates hold there.
 
   Args:
     y: rows in grouped order, as `parallel_linear(..., grouped_out=True)` gives
@@ -46,8 +46,10 @@ def combine(
 def gates_of_rows(
   gates: Float[Array, "T k"], routing: Routing
 ) -> Float[Array, " S"]:
-  """Returns the gate of each grouped row."""
-  return take_rows(gates.reshape(-1), routing.scattered_ids)
+  """Returns the gate of each grouped row; zero for 'not here'."""
+  row_gates = take_rows(gates.reshape(-1), routing.scattered_ids)
+  here = routing.expert_ids < routing.num_experts
+  return jnp.where(here, row_gates, jnp.zeros_like(row_gates))
 
 
 def weigh_choices(
@@ -56,6 +58,11 @@ def weigh_choices(
   """Computes `combine`, without checks and without a gradient."""
   wide = accumulator_dtype(y.dtype)
   choices = take_rows(y, routing.grouped_ids).astype(wide)
+  # What is not here sorts last, so that a number tells it, where another gather
+  # would be a kernel of its own. Its gates may be NaN, which no zero stops.
+  num_here = jnp.sum(routing.group_sizes, dtype=jnp.int32)
+  here = routing.grouped_ids < num_here
+  gates = jnp.where(here, gates, jnp.zeros_like(gates))
   return jnp.sum(gates.astype(wide)[:, :, None] * choices, axis=1).astype(
     y.dtype
   )
