@@ -84,7 +84,8 @@ def route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
   Raises:
     TypeError: if `expert_ids` are no array of integers, or `num_experts` is
       traced or no integer.
-    ValueError: if `expert_ids` is not (T, k), or k is above E.
+    ValueError: if `expert_ids` is not (T, k) in plain numbers, or k does not
+      lie in [1, E].
     NotImplementedError: if explicit mesh axes split `expert_ids`.
 
   Example:
@@ -267,12 +268,21 @@ def _check_expert_ids(expert_ids, num_experts: int) -> None:
       f"route: expert_ids must have shape (T, k), got {jnp.shape(expert_ids)}; "
       "flatten batch and sequence into T."
     )
+  if not all(map(is_static_int, expert_ids.shape)):
+    raise ValueError(
+      f"route: expert_ids has a symbolic shape, {expert_ids.shape}, and the "
+      "tiles of a product depend on T; export one program for each batch size."
+    )
   if num_experts < 1:
     raise ValueError(
       f"route: num_experts must be at least 1, got {num_experts}."
     )
-  if jnp.shape(expert_ids)[1] > num_experts:
+  if not expert_ids.shape[1]:
     raise ValueError(
-      f"route: k = {jnp.shape(expert_ids)[1]} experts per token, but there are "
-      f"only num_experts = {num_experts}."
+      f"route: expert_ids has shape {expert_ids.shape}; k must be at least 1."
+    )
+  if expert_ids.shape[1] > num_experts:
+    raise ValueError(
+      f"route: k = {expert_ids.shape[1]} experts per token, but there are only "
+      f"num_experts = {num_experts}."
     )

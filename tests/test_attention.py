@@ -176,6 +176,8 @@ def test_no_tokens_give_an_empty_result(shape):
   assert y.shape == shape
   assert metrics.load_balancing_loss == 0
   assert not np.any(metrics.tokens_per_expert)
+  total = lambda variables: jnp.sum(layer.apply(variables, jnp.zeros(shape))[0])
+  assert not any(map(np.any, jax.tree.leaves(jax.grad(total)(variables))))
 
 
 def test_mask_is_padding():
@@ -294,6 +296,22 @@ def test_attend_is_double_where_its_operands_are(x64):
       np.testing.assert_allclose(got[0, t, h], expected, rtol=1e-11)
 
 
+def test_attend_in_float16_runs_under_jit():
+  rng = np.random.default_rng(0)
+  q = jnp.asarray(rng.normal(size=(B, L, 4, C)), jnp.float16)
+  k, v = jnp.asarray(rng.normal(size=(2, B, L, 2, C)), jnp.float16)
+
+  def step(q, k, v):
+    y, backward = jax.vjp(lambda *a: smnn.attend(*a)[0], q, k, v)
+    return y, *backward(jnp.ones_like(y))
+
+  wide = jax.jit(step)(*(a.astype(jnp.float32) for a in (q, k, v)))
+  for got, expected in zip(jax.jit(step)(q, k, v), wide, strict=True):
+    assert got.dtype == jnp.float16
+    error = np.abs(oracle.f64(got) - oracle.f64(expected)).max()
+    assert error <= 0.005 * np.abs(expected).max()
+
+
 def test_attend_refuses_a_window_that_is_not_causal():
   q = jnp.ones((B, L, H, C))
   with pytest.raises(ValueError, match="need causal=True"):
@@ -336,6 +354,24 @@ def test_linear_combine_gradients(x64, order):
     )
   )
   check_grads(f, arrays, 1, modes=["rev"])
+
+
+@pytest.mark.parametrize("order", ["scattered", "grouped"])
+def test_gates_that_are_not_here_add_nothing(order):
+  ids, (x, gates, w) = linear_inputs(np.float32)
+  routing = sm.route(jnp.asarray(ids), E)
+  f = jax.jit(
+    lambda x, gates, w: linear_combine(
+      x, gates, routing, w, grouped_in=order == "grouped"
+    )
+  )
+
+  def results(gates):
+    y, backward = jax.vjp(f, x, gates, w)
+    return y, backward(jnp.ones_like(y))
+
+  got = results(jnp.where(ids == E, jnp.nan, gates))
+  jax.tree.map(np.testing.assert_array_equal, got, results(gates))
 
 
 @pytest.mark.parametrize("order", ["scattered", "grouped"])

@@ -180,6 +180,12 @@ BAD = {
     ValueError,
     r"num_chunks must be a divisor of d = 6",
   ),
+  "no_chunks": (
+    smoe_mlp,
+    {"num_chunks": 0},
+    ValueError,
+    r"smoe_mlp: num_chunks must be at least 1, got 0",
+  ),
   "chunks_of_a_float": (
     smoe_mlp,
     {"num_chunks": 2.0},
@@ -224,7 +230,7 @@ def test_a_bad_argument_is_explained(
   [
     (jnp.zeros((T, k), jnp.int32), r"an array int32\[8, 2\]"),
     (tuple(routing()), "a tuple"),
-    (None, "a NoneType"),
+    (None, "None"),
   ],
   ids=["ids", "tuple", "none"],
 )
@@ -237,11 +243,14 @@ def test_what_is_no_routing_is_told_how_to_become_one(
 
 
 @pytest.mark.parametrize("function", GOOD, ids=lambda f: f.__name__)
-def test_what_is_no_array_is_named(function, unchecked):
-  for name, array in GOOD[function].items():
-    message = f"{function.__name__}: {name} must be an array, got a list; jnp"
+@pytest.mark.parametrize(
+  ("given", "came"), [([1.0], "a list"), (None, "None")], ids=["list", "none"]
+)
+def test_what_is_no_array_is_named(function, given, came, unchecked):
+  for name in GOOD[function]:
+    message = f"{function.__name__}: {name} must be an array, got {came}; jnp"
     with pytest.raises(TypeError, match=message):
-      function(routing=routing(), **GOOD[function] | {name: array.tolist()})
+      function(routing=routing(), **GOOD[function] | {name: given})
 
 
 @pytest.mark.parametrize("function", GOOD, ids=lambda f: f.__name__)

@@ -3,11 +3,14 @@
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 import scattermoe_jax as sm
 from scattermoe_jax import nn as smnn
+from scattermoe_jax.models.config import ModelConfig
 
 B, L, D, N, E, K = 2, 6, 16, 8, 4, 2
 T = B * L
@@ -15,6 +18,7 @@ KEY = jax.random.key(0)
 ONES = jnp.ones((B, L, D))
 GATES = jnp.ones((B, L, K))
 IDS = jnp.zeros((B, L, K), jnp.int32)
+HEADS = jnp.ones((B, L, 2, 4))
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -30,6 +34,14 @@ def mlp(**fields):
 def block(**fields):
   fields = {"num_experts": E, "top_k": K, "d_expert": N, **fields}
   return smnn.SMoEBlock(**fields)
+
+
+def linear(**fields):
+  return smnn.ParallelLinear(**{"features": N, "num_experts": E, **fields})
+
+
+def dense(**fields):
+  return smnn.DenseMLP(**{"d_hidden": N, **fields})
 
 
 def moa(**fields):
@@ -69,12 +81,16 @@ MAKE = {
   "SMoEMLP": mlp,
   "SMoEBlock": block,
   "MixtureOfAttention": moa,
+  "ParallelLinear": linear,
+  "DenseMLP": dense,
 }
 INPUTS = {
   "Router": (jnp.ones((T, D)),),
   "SMoEMLP": (ONES, GATES, IDS),
   "SMoEBlock": (ONES,),
   "MixtureOfAttention": (ONES,),
+  "ParallelLinear": (jnp.ones((T, D)), sm.route(IDS.reshape(T, K), E)),
+  "DenseMLP": (ONES,),
 }
 
 
@@ -95,6 +111,31 @@ def test_a_list_is_not_an_array(name):
   x, *rest = INPUTS[name]
   message = f"{name}: x must be an array, got a list; jnp.asarray makes"
   refuses(TypeError, message, MAKE[name](), x.tolist(), *rest)
+  message = f"{name}: x must be an array, got None"
+  refuses(TypeError, message, MAKE[name](), None, *rest)
+
+
+@pytest.mark.parametrize("field", ["dtype", "param_dtype"])
+@pytest.mark.parametrize(
+  "name", ["Router", "SMoEMLP", "ParallelLinear", "DenseMLP"]
+)
+def test_a_module_computes_and_keeps_floats(name, field):
+  message = f"{name}: {field} must be floating, got int32."
+  module = MAKE[name](**{field: jnp.int32})
+  refuses(TypeError, message, module, *INPUTS[name])
+
+
+@pytest.mark.parametrize("name", ["SMoEMLP", "SMoEBlock", "DenseMLP"])
+def test_mesh_axes_are_said_by_their_type(name):
+  module = MAKE[name](mesh_axes="data")
+  message = f"{name}: mesh_axes must be a MeshAxes, got a str; MeshAxes(data="
+  refuses(TypeError, message, module, *INPUTS[name])
+
+
+def test_linear_refuses_what_is_not_rows():
+  _, routing = INPUTS["ParallelLinear"]
+  message = f"ParallelLinear: x must be (rows, d), got {ONES.shape}; flatten"
+  refuses(ValueError, message, linear(), ONES, routing)
 
 
 @pytest.mark.parametrize("name", ["gates", "expert_ids"])
@@ -235,12 +276,246 @@ def test_block_refuses_the_gate_of_no_shared_experts():
     ("MixtureOfAttention", {"top_k": 2.0}),
     ("MixtureOfAttention", {"num_heads": 2.0}),
     ("MixtureOfAttention", {"head_dim": 4.0}),
+    ("MixtureOfAttention", {"sliding_window": 4.0}),
+    ("ParallelLinear", {"features": 8.0}),
+    ("ParallelLinear", {"num_experts": 4.0}),
+    ("DenseMLP", {"d_hidden": 8.0}),
   ],
 )
 def test_sizes_are_ints(name, fields):
   field, got = next(iter(fields.items()))
   message = f"{name}: {field} must be a static int, got {got}."
   refuses(TypeError, message, MAKE[name](**fields), *INPUTS[name])
+
+
+@pytest.mark.parametrize("got", [0, -1])
+@pytest.mark.parametrize(
+  ("name", "field"),
+  [
+    ("Router", "num_experts"),
+    ("Router", "top_k"),
+    ("Router", "num_groups"),
+    ("Router", "top_groups"),
+    ("SMoEMLP", "num_experts"),
+    ("SMoEMLP", "d_expert"),
+    ("SMoEBlock", "num_experts"),
+    ("SMoEBlock", "top_k"),
+    ("SMoEBlock", "d_expert"),
+    ("MixtureOfAttention", "num_experts"),
+    ("MixtureOfAttention", "top_k"),
+    ("MixtureOfAttention", "num_heads"),
+    ("MixtureOfAttention", "head_dim"),
+    ("MixtureOfAttention", "sliding_window"),
+    ("ParallelLinear", "features"),
+    ("ParallelLinear", "num_experts"),
+    ("DenseMLP", "d_hidden"),
+  ],
+)
+def test_sizes_are_above_zero(name, field, got):
+  message = f"{name}: {field} must be at least 1, got {got}."
+  refuses(ValueError, message, MAKE[name](**{field: got}), *INPUTS[name])
+
+
+@pytest.mark.parametrize("field", ["num_shared_experts", "d_shared"])
+def test_shared_experts_are_none_or_more(field):
+  message = f"SMoEBlock: {field} must be at least 0, got -1."
+  refuses(ValueError, message, block(**{field: -1}), ONES)
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, float("nan")])
+def test_the_base_of_rotary_frequencies_is_above_zero(theta):
+  message = f"rope_theta must be above 0, got {theta}."
+  module = moa(rope_theta=theta)
+  refuses(ValueError, f"MixtureOfAttention: {message}", module, ONES)
+  with pytest.raises(ValueError, match=f"^ModelConfig: {message}"):
+    ModelConfig(rope_theta=theta)
+  with pytest.raises(ValueError, match="^rotary_embedding: theta must be abov"):
+    smnn.rotary_embedding(HEADS, IDS[:, :, 0], theta=theta)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_holds_at_least_the_token_itself(window):
+  message = f"sliding_window must be at least 1, got {window}."
+  with pytest.raises(ValueError, match=f"^ModelConfig: {message}"):
+    ModelConfig(sliding_window=window)
+  with pytest.raises(ValueError, match=f"^ModelConfig: {message}"):
+    ModelConfig.from_dict(ModelConfig().to_dict() | {"sliding_window": window})
+  with pytest.raises(ValueError, match=f"^attend: {message}"):
+    smnn.attend(HEADS, HEADS, HEADS, sliding_window=window)
+
+
+CACHE = smnn.KVCache.empty(B, L, 2, 4)
+BAD_SEQUENCES = {
+  "positions_of_one_sequence": (
+    {"positions": jnp.zeros((1, L), jnp.int32)},
+    ValueError,
+    f"positions must be ({B}, {L}), got (1, {L}).",
+  ),
+  "float_positions": (
+    {"positions": jnp.zeros((B, L))},
+    TypeError,
+    "positions must be integers, got float32.",
+  ),
+  "segment_ids_transposed": (
+    {"segment_ids": jnp.ones((L, B), jnp.int32)},
+    ValueError,
+    f"segment_ids must be ({B}, {L}), got ({L}, {B}).",
+  ),
+  "segment_ids_of_bool": (
+    {"segment_ids": jnp.ones((B, L), bool)},
+    TypeError,
+    "segment_ids must be integers, got bool.",
+  ),
+  "segment_ids_of_a_list": (
+    {"segment_ids": [[1] * L] * B},
+    TypeError,
+    "segment_ids must be an array, got a list; jnp.asarray",
+  ),
+  "cache_of_a_tuple": (
+    {"cache": tuple(CACHE)},
+    TypeError,
+    "cache must be a KVCache, got a tuple; KVCache.empty makes one.",
+  ),
+  "cache_of_other_sequences": (
+    {"cache": smnn.KVCache.empty(B + 1, L, 2, 4)},
+    ValueError,
+    f"cache.key must be ({B}, C, 2, 4), got ({B + 1}, {L}, 2, 4).",
+  ),
+  "cache_of_other_heads": (
+    {"cache": smnn.KVCache.empty(B, L, 4, 4)},
+    ValueError,
+    f"cache.key must be ({B}, C, 2, 4), got ({B}, {L}, 4, 4).",
+  ),
+  "cache_of_two_capacities": (
+    {"cache": CACHE._replace(positions=CACHE.positions[:, 1:])},
+    ValueError,
+    f"cache.positions must be ({B}, {L}), got ({B}, {L - 1}).",
+  ),
+  "cache_of_many_lengths": (
+    {"cache": CACHE._replace(length=jnp.zeros((B,), jnp.int32))},
+    ValueError,
+    f"cache.length must be (), got ({B},).",
+  ),
+  "cache_that_is_too_short": (
+    {"cache": smnn.KVCache.empty(B, L - 1, 2, 4)},
+    ValueError,
+    f"cache has {L - 1} slots for each sequence, too few for {L} tokens; make",
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ("given", "error", "message"),
+  BAD_SEQUENCES.values(),
+  ids=BAD_SEQUENCES.keys(),
+)
+def test_what_belongs_to_other_sequences_is_refused(given, error, message):
+  refuses(error, f"MixtureOfAttention: {message}", moa(), ONES, **given)
+  with pytest.raises(error, match=f"^{re.escape(f'attend: {message}')}"):
+    smnn.attend(HEADS, HEADS, HEADS, **given)
+
+
+BAD_HEADS = {
+  "query_of_three_axes": (
+    {"query": HEADS[0]},
+    ValueError,
+    f"query must be (B, L, N, d_head), got ({L}, 2, 4).",
+  ),
+  "key_of_other_tokens": (
+    {"key": HEADS[:, 1:]},
+    ValueError,
+    f"key must be ({B}, {L}, n, 4), got ({B}, {L - 1}, 2, 4).",
+  ),
+  "value_of_other_heads": (
+    {"value": HEADS[:, :, :1]},
+    ValueError,
+    f"value must be ({B}, {L}, 2, 4), got ({B}, {L}, 1, 4).",
+  ),
+  "query_of_too_few_heads": (
+    {"query": HEADS[:, :, :1]},
+    ValueError,
+    "query has 1 heads, no multiple of the 2 of key and value.",
+  ),
+  "key_of_none": (
+    {"key": None},
+    TypeError,
+    "key must be an array, got None",
+  ),
+  "value_of_another_dtype": (
+    {"value": HEADS.astype(jnp.bfloat16)},
+    TypeError,
+    "value is bfloat16 but query is float32; cast one of them",
+  ),
+  "sinks_of_other_heads": (
+    {"sinks": jnp.ones((4,))},
+    ValueError,
+    "sinks must be (2,), got (4,).",
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ("change", "error", "message"), BAD_HEADS.values(), ids=BAD_HEADS.keys()
+)
+def test_attend_refuses_other_heads(change, error, message):
+  given = {"query": HEADS, "key": HEADS, "value": HEADS, **change}
+  with pytest.raises(error, match=f"^{re.escape(f'attend: {message}')}"):
+    smnn.attend(**given)
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"x": HEADS[0]}, f"x must be (B, L, h, d_head), got ({L}, 2, 4)."),
+    ({"positions": None}, "positions must be an array, got None"),
+    (
+      {"positions": IDS[0]},
+      f"positions must be ({B}, {L}), got ({L}, {K}).",
+    ),
+  ],
+)
+def test_rotary_embedding_turns_heads(given, message):
+  error = TypeError if "array" in message else ValueError
+  given = {"x": HEADS, "positions": IDS[:, :, 0], **given}
+  with pytest.raises(
+    error, match=f"^{re.escape(f'rotary_embedding: {message}')}"
+  ):
+    smnn.rotary_embedding(**given)
+
+
+@pytest.mark.parametrize("field", ["capacity", "num_heads", "head_dim"])
+def test_a_cache_has_slots(field):
+  sizes = {"batch": B, "capacity": L, "num_heads": 2, "head_dim": 4, field: 0}
+  message = f"^KVCache.empty: {field} must be at least 1, got 0."
+  with pytest.raises(ValueError, match=message):
+    smnn.KVCache.empty(**sizes)
+
+
+def test_a_choice_is_one_at_least():
+  message = r"route: expert_ids has shape \(12, 0\); k must be at least 1"
+  with pytest.raises(ValueError, match=message):
+    sm.route(jnp.zeros((T, 0), jnp.int32), E)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["SMoEBlock", "MixtureOfAttention"])
+def test_a_symbolic_batch_is_refused_in_words(name, dtype):
+  module = MAKE[name]()
+  variables = jax.jit(module.init)(KEY, ONES)
+  shape = jax.export.symbolic_shape(f"b, {L}, {D}")
+  apply = jax.jit(lambda x: module.apply(variables, x)[0])
+  with pytest.raises(
+    ValueError, match="route: .*symbolic shape, .* each batch"
+  ):
+    jax.export.export(apply)(jax.ShapeDtypeStruct(shape, dtype))
+
+
+def test_jitter_needs_a_static_deterministic():
+  layer = nn.remat(smnn.SMoEBlock)(
+    num_experts=E, top_k=K, d_expert=N, jitter=0.1
+  )
+  message = "Router: deterministic must be a static bool, got a traced one; nn."
+  refuses(TypeError, message, layer, ONES, deterministic=False)
 
 
 def test_attention_implementation_is_one_that_there_is():

@@ -42,6 +42,52 @@ def test_remat_changes_nothing():
   assert_same_tree(grads_of(remat, variables, x), grads_of(plain, variables, x))
 
 
+class WithJitter(nn.Module):
+  """A block in training, recomputed in the backward or not."""
+
+  remat: bool
+
+  @nn.compact
+  def __call__(self, x):
+    call = lambda block, x: block(x, deterministic=False)
+    return (nn.remat(call) if self.remat else call)(block(jitter=0.1), x)
+
+
+def test_remat_knows_what_is_said_inside():
+  x, rngs = tokens(), {"router": jax.random.key(3)}
+  variables = WithJitter(False).init(rngs | {"params": jax.random.key(0)}, x)
+
+  def loss(module, variables):
+    y, _ = module.apply(variables, x, rngs=rngs)
+    return jnp.sum(y * y)
+
+  got, expected = (
+    jax.jit(jax.value_and_grad(lambda v, m=m: loss(m, v)))(variables)
+    for m in (WithJitter(True), WithJitter(False))
+  )
+  assert_same_tree(got, expected)
+
+
+@pytest.mark.parametrize("name", ["SMoEBlock", "MixtureOfAttention"])
+def test_every_intermediate_can_be_captured(name):
+  sizes = dict(num_experts=E, top_k=K)
+  if name == "SMoEBlock":
+    sizes |= dict(d_expert=N, num_shared_experts=1, shared_gate=True)
+  else:
+    sizes |= dict(num_heads=2, head_dim=4)
+  module, x = getattr(smnn, name)(**sizes), tokens()
+  variables = randomized(module, x)
+
+  @jax.jit
+  def run(variables):
+    return module.apply(variables, x, capture_intermediates=lambda *_: True)
+
+  (y, *_), state = run(variables)
+  seen = state["intermediates"]
+  assert_same_tree(seen["__call__"][0][0], y)
+  assert seen["router"]["__call__"][0].gates.shape == (T, K)
+
+
 class Layers(nn.Module):
   """Three blocks with residuals, by nn.scan."""
 

@@ -117,10 +117,14 @@ def test_selection_bias_has_no_gradient(x64):
   [
     ({"num_groups": 3}, "num_groups = 3 must divide E = 8"),
     ({"num_groups": 4, "top_groups": 5}, r"lie in \[1, num_groups\], got 5"),
+    ({"num_groups": 0}, "num_groups must be at least 1, got 0"),
+    ({"num_groups": 4, "top_groups": 0}, "top_groups must be at least 1, got"),
     ({"num_groups": 4, "top_groups": 1}, "k = 3 experts .* leave only 2 open"),
   ],
 )
-def test_sigmoid_top_k_refuses_groups_that_cannot_be(options, message):
+def test_sigmoid_top_k_refuses_groups_that_cannot_be(
+  options, message, unchecked
+):
   with pytest.raises(ValueError, match=message):
     smnn.sigmoid_top_k(jnp.asarray(logits(), jnp.float32), K, **options)
 
@@ -182,6 +186,78 @@ def test_losses_of_no_token_are_zero_with_zero_gradients():
 
   value, dz = jax.value_and_grad(losses)(jnp.asarray(logits(), jnp.float32))
   assert value == 0 and not np.any(dz)
+
+
+RULE_FUNCTIONS = {
+  "softmax_then_top_k": lambda z, k: smnn.softmax_then_top_k(
+    z, k, renormalize=True
+  ),
+  "top_k_then_softmax": smnn.top_k_then_softmax,
+  "sigmoid_top_k": smnn.sigmoid_top_k,
+}
+
+
+@pytest.mark.parametrize(
+  ("z", "k", "error", "message"),
+  [
+    (np.ones((2, T, E)), K, ValueError, r"logits must be \(T, E\), got \(2,"),
+    (np.ones((T, E), int), K, TypeError, "logits must be of a floating-point"),
+    (None, K, TypeError, "logits must be an array, got None"),
+    (np.ones((T, E)), 9, ValueError, r"k must lie in \[1, E = 8\], got 9"),
+    (np.ones((T, E)), 0, ValueError, "k must be at least 1, got 0"),
+    (np.ones((T, E)), 2.0, TypeError, "k must be a static int, got 2.0"),
+  ],
+)
+@pytest.mark.parametrize("name", RULE_FUNCTIONS)
+def test_rules_refuse_what_are_no_logits(name, z, k, error, message, unchecked):
+  with pytest.raises(error, match=f"^{name}: {message}"):
+    RULE_FUNCTIONS[name](z if z is None else jnp.asarray(z), k)
+
+
+PROBS, LOAD = jnp.ones((T, E)), jnp.ones((E,))
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      lambda: smnn.router_z_loss(PROBS[None]),
+      r"router_z_loss: logits must be \(T, E\), got \(1, 24, 8\); flatten",
+    ),
+    (
+      lambda: smnn.load_balancing_loss(PROBS[None], LOAD),
+      r"load_balancing_loss: probs must be \(T, E\), got \(1, 24, 8\); flatten",
+    ),
+    (
+      lambda: smnn.load_balancing_loss(PROBS, LOAD[:1]),
+      r"load_balancing_loss: tokens_per_expert must be \(8,\), got \(1,\)",
+    ),
+    (
+      lambda: smnn.update_selection_bias(LOAD, PROBS),
+      r"update_selection_bias: tokens_per_expert must be \(8,\), got \(24, 8\)",
+    ),
+    (
+      lambda: smnn.sigmoid_top_k(PROBS, K, selection_bias=LOAD[:1]),
+      r"sigmoid_top_k: selection_bias must be \(8,\), got \(1,\)",
+    ),
+  ],
+)
+def test_losses_and_biases_are_of_one_layer(call, message, unchecked):
+  with pytest.raises(ValueError, match=f"^{message}"):
+    call()
+
+
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
+def test_no_tokens_have_a_gradient(groups):
+  # In JAX 0.7 lax.top_k of no rows has none.
+  def total(z):
+    gates = [rule(z, K)[0] for rule in RULE_FUNCTIONS.values()]
+    gates.append(
+      smnn.sigmoid_top_k(z, K, num_groups=groups[0], top_groups=groups[1])[0]
+    )
+    return sum(jnp.sum(g) for g in gates)
+
+  assert jax.grad(total)(jnp.ones((0, E))).shape == (0, E)
 
 
 RULES = {
@@ -257,6 +333,7 @@ def test_jitter_scales_the_input_in_training_alone():
   ("fields", "message"),
   [
     ({"top_k": 9}, r"top_k must lie in \[1, num_experts = 8\], got 9"),
+    ({"top_k": 0}, "top_k must be at least 1, got 0"),
     ({"scoring": "best"}, "scoring must be one of .*got 'best'"),
     ({"num_groups": 2}, "need scoring='sigmoid'"),
     ({"use_selection_bias": True}, "need scoring='sigmoid'"),

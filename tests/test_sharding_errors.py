@@ -103,6 +103,21 @@ BAD_MLP = {
     TypeError,
     "smoe_mlp: w_out must be an array, got a list; jnp.asarray",
   ),
+  "w_out_of_none": (
+    {"w_out": None},
+    TypeError,
+    "smoe_mlp: w_out must be an array, got None",
+  ),
+  "gates_of_none": (
+    {"gates": None},
+    TypeError,
+    "smoe_mlp: gates must be an array, got None",
+  ),
+  "mesh_of_a_list": (
+    {"mesh": ["a"]},
+    TypeError,
+    "smoe_mlp: mesh must be a jax.sharding.Mesh, got a list; jax.make_mesh",
+  ),
   "w_out_of_two_axes": (
     {"w_out": ones(E, d)},
     ValueError,
@@ -144,6 +159,21 @@ BAD_LINEAR = {
     {"w": ones(E, d)},
     ValueError,
     r"parallel_linear: w must have shape \(E, d_in, d_out\), got \(8, 8\)",
+  ),
+  "w_of_none": (
+    {"w": None},
+    TypeError,
+    "parallel_linear: w must be an array, got None",
+  ),
+  "mesh_of_a_list": (
+    {"mesh": ["a"]},
+    TypeError,
+    "parallel_linear: mesh must be a jax.sharding.Mesh, got a list; jax.make_",
+  ),
+  "unknown_split": (
+    {"split": "column"},
+    ValueError,
+    r"parallel_linear: split must be one of \('columns', 'rows'\), got 'col",
   ),
   "grouped_in": (
     {"x": ones(T * k, d), "grouped_in": True},
@@ -192,6 +222,36 @@ def test_a_routing_is_told_to_be_ids(function, axes, unchecked):
   message = f"{function.__name__}: expert_ids must be .* got a Routing; pass"
   with pytest.raises(TypeError, match=message):
     run(function, axes, {"expert_ids": sm.route(IDS, E)})
+
+
+@pytest.mark.parametrize(
+  ("axes", "came"),
+  [("a", "a str"), ({"data": "a"}, "a dict"), (None, "a NoneType")],
+)
+@pytest.mark.parametrize("function", GOOD, ids=lambda f: f.__name__)
+def test_what_are_no_axes_is_told_how_to_become_some(
+  function, axes, came, unchecked
+):
+  message = f"{function.__name__}: axes must be a MeshAxes, got {came}; MeshA"
+  with pytest.raises(TypeError, match=message):
+    run(function, axes, {})
+
+
+@pytest.mark.parametrize(
+  ("fields", "error", "message"),
+  [
+    ({"data": 1}, TypeError, "data must be the name .* got 1"),
+    ({"fsdp": ("a", 1)}, TypeError, r"fsdp must be the name .* \('a', 1\)"),
+    ({"expert": None}, TypeError, "expert must be the name .* got None"),
+    ({"capacity_factor": 0}, ValueError, "capacity_factor must be .* got 0;"),
+    ({"capacity_factor": -1.0}, ValueError, "must be above 0 .* got -1.0;"),
+    ({"capacity_factor": jnp.inf}, ValueError, "and finite, got inf;"),
+    ({"capacity_factor": jnp.nan}, ValueError, "and finite, got nan;"),
+  ],
+)
+def test_axes_refuse_fields_that_cannot_be(fields, error, message, unchecked):
+  with pytest.raises(error, match=f"MeshAxes: .*{message}"):
+    MeshAxes(exchange="ragged_all_to_all", **fields)
 
 
 @pytest.mark.parametrize("function", GOOD, ids=lambda f: f.__name__)

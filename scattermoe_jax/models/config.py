@@ -4,7 +4,11 @@ import dataclasses
 from typing import Any
 
 from scattermoe_jax.nn import ACTIVATIONS, RopeScaling
-from scattermoe_jax.nn.checks import check_one_of
+from scattermoe_jax.nn.checks import (
+  check_one_of,
+  check_positive,
+  check_window,
+)
 from scattermoe_jax.nn.router import Scoring
 
 
@@ -168,6 +172,8 @@ def _check(config: ModelConfig) -> None:
       f"ModelConfig: num_heads = {config.num_heads} is not a multiple of "
       f"num_kv_heads = {config.num_kv_heads}."
     )
+  check_window("ModelConfig", config.sliding_window)
+  check_positive("ModelConfig", rope_theta=config.rope_theta)
   if config.head_dim % 2:
     raise ValueError(
       f"ModelConfig: head_dim = {config.head_dim} must be even; rotary "

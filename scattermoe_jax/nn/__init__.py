@@ -7,14 +7,13 @@ from scattermoe_jax.nn.attention_core import (
   consecutive_positions,
 )
 from scattermoe_jax.nn.dense_mlp import DenseMLP
+from scattermoe_jax.nn.losses import load_balancing_loss, router_z_loss
 from scattermoe_jax.nn.metrics import SMoEMetrics, route_with_metrics
 from scattermoe_jax.nn.parallel_linear import ParallelLinear
 from scattermoe_jax.nn.rotary import RopeScaling, rotary_embedding
 from scattermoe_jax.nn.router import (
   Router,
   RouterOutput,
-  load_balancing_loss,
-  router_z_loss,
   sigmoid_top_k,
   softmax_then_top_k,
   top_k_then_softmax,

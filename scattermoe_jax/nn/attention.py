@@ -28,6 +28,7 @@ from scattermoe_jax.nn.attention_core import (
   IMPLEMENTATIONS,
   KVCache,
   attend,
+  check_cache,
   consecutive_positions,
 )
 from scattermoe_jax.nn.lora import adapted_linear_combine
@@ -141,14 +142,22 @@ class MixtureOfAttention(nn.Module):
       mask: True where the token is real; the rest is padding. A padding token
         goes to no expert and gets zero, whatever it holds.
       cache: of the tokens before these.
-      deterministic: whether to leave out the router's jitter.
+      deterministic: whether to leave out the router's jitter, see `SMoEBlock`.
     """
     self._check_fields()
     checks.check_tokens(
       "MixtureOfAttention", x, ("B", "L", "d"), "one sequence is x[None]"
     )
-    checks.check_mask("MixtureOfAttention", mask, x.shape[:-1])
     batch, length, d = x.shape
+    checks.check_mask("MixtureOfAttention", mask, (batch, length))
+    checks.check_ids(
+      "MixtureOfAttention",
+      (batch, length),
+      positions=positions,
+      segment_ids=segment_ids,
+    )
+    heads_shape = (batch, length, self.num_heads, self.head_dim)
+    check_cache("MixtureOfAttention", cache, heads_shape)
     if mask is not None:
       real = mask.astype(jnp.int32)
       segment_ids = real if segment_ids is None else segment_ids * real
@@ -189,6 +198,7 @@ class MixtureOfAttention(nn.Module):
       y = zero_padding(y + bias.astype(y.dtype)[None, :], row_mask)
     return y.reshape(x.shape), metrics, cache
 
+  @nn.nowrap
   def _check_fields(self):
     checks.check_ints(
       "MixtureOfAttention",
@@ -203,7 +213,11 @@ class MixtureOfAttention(nn.Module):
       self.attention_implementation,
       IMPLEMENTATIONS,
     )
+    checks.check_window("MixtureOfAttention", self.sliding_window)
+    if self.rope_theta is not None:
+      checks.check_positive("MixtureOfAttention", rope_theta=self.rope_theta)
 
+  @nn.nowrap
   def _router(self):
     return Router(
       num_experts=self.num_experts,
@@ -222,6 +236,7 @@ class MixtureOfAttention(nn.Module):
       name="router",
     )
 
+  @nn.nowrap
   def _query(self):
     return ParallelLinear(
       features=self.num_heads * self.head_dim,
@@ -234,6 +249,7 @@ class MixtureOfAttention(nn.Module):
       name="query",
     )
 
+  @nn.nowrap
   def _key_value(self, x):
     key_value = nn.Dense(
       2 * self.num_heads * self.head_dim,
@@ -247,6 +263,7 @@ class MixtureOfAttention(nn.Module):
     heads = (*x.shape[:-1], self.num_heads, self.head_dim)
     return (a.reshape(heads) for a in jnp.split(key_value, 2, axis=-1))
 
+  @nn.nowrap
   def _output(self, d):
     # A flash kernel keeps its output for its own backward, in head order. Under
     # remat the grouped rows are made from it again, and are not kept as well;

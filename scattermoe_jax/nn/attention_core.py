@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scattermoe_jax._compat import current_device
 from scattermoe_jax.nn import checks
+from scattermoe_jax.ops.checks import check_dtypes
 
 IMPLEMENTATIONS = (None, "cudnn", "xla")
 
@@ -64,6 +65,13 @@ class KVCache(NamedTuple):
       head_dim: d_head.
       dtype: of keys and values.
     """
+    checks.check_ints("KVCache.empty", least=0, batch=batch)
+    checks.check_ints(
+      "KVCache.empty",
+      capacity=capacity,
+      num_heads=num_heads,
+      head_dim=head_dim,
+    )
     shape = (batch, capacity, num_heads, head_dim)
     slots = jnp.zeros((batch, capacity), jnp.int32)
     return cls(
@@ -139,14 +147,22 @@ def attend(
     was given). What padding tokens get is finite and means nothing.
 
   Raises:
-    ValueError: if a window or a cache comes without `causal`, or the
-      implementation is none of these.
+    ValueError: if shapes disagree, the cache has fewer slots than there are
+      tokens, a window or a cache comes without `causal`, or the implementation
+      is none of these.
+    TypeError: if dtypes disagree, or what should be an array is none.
 
   Source: `jax.nn.dot_product_attention`; sinks as transformers' gpt-oss.
   """
   checks.check_one_of(
     "attend", "implementation", implementation, IMPLEMENTATIONS
   )
+  checks.check_window("attend", sliding_window)
+  _check_heads(query, key, value, sinks)
+  checks.check_ids(
+    "attend", query.shape[:2], positions=positions, segment_ids=segment_ids
+  )
+  check_cache("attend", cache, key.shape)
   if not causal and (cache is not None or sliding_window is not None):
     raise ValueError(
       "attend: a cache and a sliding_window need causal=True; what sees "
@@ -163,10 +179,7 @@ def attend(
     is_causal, window = False, None
   if implementation is None:
     implementation = _choose(query, sinks)
-  # JAX's own has no sinks, and in float64 a softmax in float32, which in older
-  # versions (0.7.2) makes NaN of a row that sees nothing.
-  double = query.dtype == jnp.float64 and implementation == "xla"
-  if sinks is not None or double:
+  if sinks is not None or (implementation == "xla" and _fails(query.dtype)):
     mask = _and(
       mask, _causal_mask(query.shape[1], window) if is_causal else None
     )
@@ -212,6 +225,56 @@ def _choose(query, sinks) -> str:
     and query.shape[1] % 2 == 0
   )
   return "cudnn" if runs else "xla"
+
+
+def _fails(dtype) -> bool:
+  """Returns whether JAX's own attention, which has no sinks, fails in XLA.
+
+  In float64 its softmax is in float32, which in older versions (0.7.2) makes
+  NaN of a row that sees nothing. In float16 it asks for a product by name that
+  a CPU has not.
+  """
+  on_cpu = current_device().platform == "cpu"
+  return dtype == jnp.float64 or (on_cpu and dtype == jnp.float16)
+
+
+def check_cache(function: str, cache: Any, key_shape: tuple[int, ...]) -> None:
+  """Raises unless it is None, or a cache with slots for keys of that shape."""
+  if cache is None:
+    return
+  if not isinstance(cache, KVCache):
+    raise TypeError(
+      f"{function}: cache must be a KVCache, got a {type(cache).__name__}; "
+      "KVCache.empty makes one."
+    )
+  batch, length, *heads = key_shape
+  checks.check_shape(function, "cache.key", cache.key, (batch, "C", *heads))
+  checks.check_shape(function, "cache.value", cache.value, cache.key.shape)
+  checks.check_shape(function, "cache.length", cache.length, ())
+  slots = cache.key.shape[:2]
+  for name in ("positions", "segment_ids"):
+    checks.check_shape(function, f"cache.{name}", getattr(cache, name), slots)
+  if slots[1] < length:
+    raise ValueError(
+      f"{function}: cache has {slots[1]} slots for each sequence, too few for "
+      f"{length} tokens; make it by KVCache.empty of a larger capacity."
+    )
+
+
+def _check_heads(query, key, value, sinks) -> None:
+  """Raises unless they are the heads of the same tokens."""
+  checks.check_shape("attend", "query", query, ("B", "L", "N", "d_head"))
+  batch, length, num_heads, head_dim = query.shape
+  checks.check_shape("attend", "key", key, (batch, length, "n", head_dim))
+  checks.check_shape("attend", "value", value, key.shape)
+  if not key.shape[2] or num_heads % key.shape[2]:
+    raise ValueError(
+      f"attend: query has {num_heads} heads, no multiple of the "
+      f"{key.shape[2]} of key and value."
+    )
+  if sinks is not None:
+    checks.check_shape("attend", "sinks", sinks, (num_heads,))
+  check_dtypes("attend", query, name="query", key=key, value=value)
 
 
 def _segment_mask(

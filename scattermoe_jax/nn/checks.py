@@ -5,12 +5,15 @@ What the ops check of the same arrays is left to them, see `ops/checks.py`.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from scattermoe_jax.ops.checks import check_array
+from scattermoe_jax.ops.checks import check_array as check_array
+from scattermoe_jax.ops.checks import check_floating
 from scattermoe_jax.ops.checks import check_ints as check_ints
 from scattermoe_jax.ops.checks import check_one_of as check_one_of
 from scattermoe_jax.routing import Routing
+from scattermoe_jax.sharding.axes import check_axes
 
 
 def check_tokens(
@@ -29,10 +32,8 @@ def check_tokens(
     raise TypeError(
       f"{module}: x must be floating, got {x.dtype}; embed token ids first."
     )
-  if dims and len(x.shape) != len(dims):
-    raise ValueError(
-      f"{module}: x must be ({', '.join(dims)}), got {x.shape}; {advice}."
-    )
+  if dims:
+    check_shape(module, "x", x, dims, advice)
 
 
 def check_choices(module: str, x: Any, gates: Any, expert_ids: Any) -> None:
@@ -70,4 +71,109 @@ def check_mask(function: str, mask: Any, shape: tuple[int, ...]) -> None:
     raise ValueError(
       f"{function}: mask must have shape {shape}, one entry per token, got "
       f"{mask.shape}."
+    )
+
+
+def check_shape(
+  function: str,
+  name: str,
+  array: Any,
+  dims: tuple[int | str, ...],
+  advice: str = "",
+) -> None:
+  """Raises unless it is an array of that shape.
+
+  Args:
+    function: whose argument it is.
+    name: of the argument.
+    array: the argument.
+    dims: sizes, or what dimensions of any size are called.
+    advice: how to come by them.
+  """
+  check_array(function, name, array)
+  right = len(array.shape) == len(dims) and all(
+    isinstance(dim, str) or dim == size
+    for dim, size in zip(dims, array.shape, strict=True)
+  )
+  if not right:
+    expected = ", ".join(map(str, dims)) + ("," if len(dims) == 1 else "")
+    raise ValueError(
+      f"{function}: {name} must be ({expected}), got {array.shape}"
+      + (f"; {advice}." if advice else ".")
+    )
+
+
+def check_ids(
+  function: str, shape: tuple[int | str, ...], **arrays: Any
+) -> None:
+  """Raises unless all are None, or integers of that shape."""
+  for name, array in arrays.items():
+    if array is None:
+      continue
+    check_shape(function, name, array, shape)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+      raise TypeError(
+        f"{function}: {name} must be integers, got {array.dtype}."
+      )
+
+
+def check_rows(function: str, name: str, rows: Any) -> None:
+  """Raises unless they are floats (T, E)."""
+  advice = f"flatten batch and sequence: {name}.reshape(-1, E)"
+  check_shape(function, name, rows, ("T", "E"), advice)
+  check_floating(function, name, rows)
+
+
+def check_top_k(function: str, logits: Any, k: int) -> None:
+  """Raises unless logits are (T, E) and k lies in [1, E]."""
+  check_rows(function, "logits", logits)
+  check_ints(function, k=k)
+  check_at_most(function, "k", k, "E", logits.shape[1])
+
+
+def check_at_most(
+  function: str, name: str, value: int, among: str, most: int
+) -> None:
+  """Raises ValueError if one size is above another."""
+  if value > most:
+    raise ValueError(
+      f"{function}: {name} must lie in [1, {among} = {most}], got {value}."
+    )
+
+
+def check_dtypes(function: str, **dtypes: Any) -> None:
+  """Raises TypeError unless all are None or floating."""
+  for name, dtype in dtypes.items():
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+      raise TypeError(
+        f"{function}: {name} must be floating, got {jnp.dtype(dtype)}."
+      )
+
+
+def check_mesh_axes(function: str, mesh_axes: Any) -> None:
+  """Raises TypeError unless it is None or says which axes split what."""
+  if mesh_axes is not None:
+    check_axes(function, mesh_axes, "mesh_axes")
+
+
+def check_window(function: str, sliding_window: Any) -> None:
+  """Raises unless it is None or a number of tokens, oneself among them."""
+  if sliding_window is not None:
+    check_ints(function, sliding_window=sliding_window)
+
+
+def check_positive(function: str, **values: Any) -> None:
+  """Raises ValueError unless all are above 0."""
+  for name, value in values.items():
+    if not value > 0:
+      raise ValueError(f"{function}: {name} must be above 0, got {value}.")
+
+
+def check_static(function: str, name: str, value: Any) -> None:
+  """Raises TypeError if a switch is known at run time only."""
+  if isinstance(value, jax.core.Tracer):
+    raise TypeError(
+      f"{function}: {name} must be a static bool, got a traced one; "
+      "nn.remat traces what it is given, so: nn.remat(lambda module, x: "
+      f"module(x, {name}=False))(module, x)."
     )

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from scattermoe_jax import sharding
+from scattermoe_jax.nn import checks
 from scattermoe_jax.nn.partitioning import named
 from scattermoe_jax.ops import Activation
 from scattermoe_jax.ops.activations import get_activation
@@ -49,6 +50,12 @@ class DenseMLP(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
     """Returns f(x w_in + bias_in) w_out + bias_out."""
+    checks.check_ints("DenseMLP", d_hidden=self.d_hidden)
+    checks.check_dtypes(
+      "DenseMLP", dtype=self.dtype, param_dtype=self.param_dtype
+    )
+    checks.check_mesh_axes("DenseMLP", self.mesh_axes)
+    checks.check_tokens("DenseMLP", x)
     d = x.shape[-1]
     w_in = self.param(
       "w_gate_up" if self.gated else "w_in",

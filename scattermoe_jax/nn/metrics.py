@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from scattermoe_jax.nn import checks
-from scattermoe_jax.nn.router import (
-  RouterOutput,
+from scattermoe_jax.nn.losses import (
   load_balancing_loss,
   mean_probs,
   router_z_loss,
 )
+from scattermoe_jax.nn.router import RouterOutput
 from scattermoe_jax.routing import Routing, route
 
 

@@ -10,6 +10,7 @@ from flax.typing import Dtype, Initializer
 from jax import lax
 from jaxtyping import Array, Float
 
+from scattermoe_jax.nn import checks
 from scattermoe_jax.nn.lora import adapted_parallel_linear
 from scattermoe_jax.ops import parallel_linear
 from scattermoe_jax.routing import Routing
@@ -64,6 +65,15 @@ class ParallelLinear(nn.Module):
       grouped_in: whether x is in grouped order rather than in scattered order.
       grouped_out: whether the result is to be.
     """
+    checks.check_ints(
+      "ParallelLinear", features=self.features, num_experts=self.num_experts
+    )
+    checks.check_dtypes(
+      "ParallelLinear", dtype=self.dtype, param_dtype=self.param_dtype
+    )
+    checks.check_tokens(
+      "ParallelLinear", x, ("rows", "d"), "flatten batch and sequence into rows"
+    )
     kernel = self.param(
       "kernel",
       self.kernel_init,

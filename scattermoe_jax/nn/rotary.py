@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from scattermoe_jax.nn import checks
+
 
 class RopeScaling(NamedTuple):
   """YaRN: fast rotations stay, slow ones are slowed down by `factor`.
@@ -50,9 +52,17 @@ def rotary_embedding(
   Returns:
     The dtype of x; the angles are float32, so exact up to 2^24 positions.
 
+  Raises:
+    ValueError: if shapes disagree, d_head is odd, or theta is not above 0.
+
   Source: RoFormer (Su et al., 2021, arXiv 2104.09864), in the half-split order
   of GPT-NeoX and Llama.
   """
+  function = "rotary_embedding"
+  checks.check_shape(function, "x", x, ("B", "L", "h", "d_head"))
+  checks.check_array(function, "positions", positions)
+  checks.check_ids(function, x.shape[:2], positions=positions)
+  checks.check_positive(function, theta=theta)
   frequencies, magnitude = _frequencies(x.shape[-1], theta, scaling)
   wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
   angles = positions[:, :, None].astype(wide) * jnp.asarray(

@@ -1,4 +1,4 @@
-"""Which experts a token takes, with which gates, and the losses that balance.
+"""Which experts a token takes, and with which gates.
 
 Every rule maps logits z (T, E) to gates (T, k), expert_ids (T, k) and probs
 (T, E), the distribution that the load-balancing loss sees:
@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, Float, Int, Real
 
 from scattermoe_jax._compat import current_device, split_axes
 from scattermoe_jax.nn import checks
 from scattermoe_jax.ops.split_dot import multiplies_bfloat16, split_dot
+from scattermoe_jax.routing import is_static_int
 
 Scoring = Literal[
   "softmax_top_k", "softmax_top_k_renormalized", "top_k_softmax", "sigmoid"
@@ -109,6 +110,8 @@ class Router(nn.Module):
       "Router", x, ("T", "d"), "flatten batch and sequence: x.reshape(-1, d)"
     )
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    if self.jitter:
+      checks.check_static("Router", "deterministic", deterministic)
     if self.jitter and not deterministic:
       x = x.astype(wide) * jax.random.uniform(
         self.make_rng("router"),
@@ -144,6 +147,7 @@ class Router(nn.Module):
       preferred_element_type=wide,
     )
 
+  @nn.nowrap
   def _splits(self, x, kernel) -> bool:
     is_exact = self.precision in (lax.Precision.HIGHEST, "highest", "float32")
     is_wide = self.dtype is None or jnp.dtype(self.dtype) == jnp.float32
@@ -151,6 +155,7 @@ class Router(nn.Module):
       is_exact
       and is_wide
       and (x.dtype, kernel.dtype) == (jnp.bfloat16, jnp.float32)
+      and is_static_int(x.shape[0])
       and x.shape[0] >= _MANY_TOKENS
       and not (split_axes(x) or split_axes(kernel))
       and multiplies_bfloat16(current_device())
@@ -180,21 +185,16 @@ class Router(nn.Module):
       renormalize=self.renormalize,
     )
 
+  @nn.nowrap
   def _check_fields(self):
-    checks.check_ints(
-      "Router",
-      num_experts=self.num_experts,
-      top_k=self.top_k,
-      num_groups=self.num_groups,
-      top_groups=self.top_groups,
-    )
-    checks.check_one_of("Router", "scoring", self.scoring, get_args(Scoring))
     for name, among in (("top_k", "num_experts"), ("top_groups", "num_groups")):
       value, most = getattr(self, name), getattr(self, among)
-      if not 1 <= value <= most:
-        raise ValueError(
-          f"Router: {name} must lie in [1, {among} = {most}], got {value}."
-        )
+      checks.check_ints("Router", **{name: value, among: most})
+      checks.check_at_most("Router", name, value, among, most)
+    checks.check_one_of("Router", "scoring", self.scoring, get_args(Scoring))
+    checks.check_dtypes(
+      "Router", dtype=self.dtype, param_dtype=self.param_dtype
+    )
     if not 0 <= self.jitter < 1:
       raise ValueError(f"Router: jitter must lie in [0, 1), got {self.jitter}.")
     if self.scoring == "sigmoid":
@@ -224,8 +224,9 @@ def softmax_then_top_k(
 
   Source: transformers, MixtralTopKRouter (renormalised) and OlmoeTopKRouter.
   """
+  checks.check_top_k("softmax_then_top_k", logits, k)
   probs = jax.nn.softmax(logits, axis=-1)
-  gates, expert_ids = lax.top_k(probs, k)
+  gates, expert_ids = _top_k(probs, k)
   if renormalize:
     gates /= gates.sum(axis=-1, keepdims=True)
   return gates, expert_ids, probs
@@ -239,7 +240,8 @@ def top_k_then_softmax(
   The probs are softmax(z) over all experts.
   Source: transformers, GraniteMoeTopKGating and GptOssTopKRouter.
   """
-  top_logits, expert_ids = lax.top_k(logits, k)
+  checks.check_top_k("top_k_then_softmax", logits, k)
+  top_logits, expert_ids = _top_k(logits, k)
   gates = jax.nn.softmax(top_logits, axis=-1)
   return gates, expert_ids, jax.nn.softmax(logits, axis=-1)
 
@@ -270,19 +272,27 @@ def sigmoid_top_k(
     scale: multiplies the gates, after that.
 
   Raises:
-    ValueError: if the groups are uneven, or fewer than k experts stay open.
+    ValueError: if shapes disagree, the groups are uneven, or fewer than k
+      experts stay open.
 
   Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; closed groups are
   masked with -inf, as transformers 5 does (version 4 masked with 0, which a
   negative s + bias loses against).
   """
+  checks.check_top_k("sigmoid_top_k", logits, k)
   scores = jax.nn.sigmoid(logits)
   ranking = scores
   if selection_bias is not None:
+    shape = logits.shape[1:]
+    checks.check_shape("sigmoid_top_k", "selection_bias", selection_bias, shape)
     ranking = scores + selection_bias.astype(scores.dtype)[None, :]
+  ranking = lax.stop_gradient(ranking)
+  checks.check_ints(
+    "sigmoid_top_k", num_groups=num_groups, top_groups=top_groups
+  )
   if num_groups > 1:
     ranking = _close_groups(ranking, k, num_groups, top_groups)
-  _, expert_ids = lax.top_k(lax.stop_gradient(ranking), k)
+  _, expert_ids = lax.top_k(ranking, k)
   gates = jnp.take_along_axis(scores, expert_ids, axis=-1)
   if renormalize:
     # The sum of sigmoids can underflow; a softmax's cannot.
@@ -291,10 +301,15 @@ def sigmoid_top_k(
   return gates * scale, expert_ids, probs
 
 
+def _top_k(values, k: int):
+  """Returns `lax.top_k`, whose derivative JAX 0.7 lacks for no rows."""
+  return lax.top_k(values if values.size else lax.stop_gradient(values), k)
+
+
 def _close_groups(ranking, k: int, num_groups: int, top_groups: int):
   num_tokens, num_experts = ranking.shape
   group_size, remainder = divmod(num_experts, num_groups)
-  if remainder or not 1 <= top_groups <= num_groups:
+  if remainder or top_groups > num_groups:
     raise ValueError(
       f"sigmoid_top_k: num_groups = {num_groups} must divide E = {num_experts} "
       f"and top_groups lie in [1, num_groups], got {top_groups}."
@@ -332,68 +347,10 @@ def update_selection_bias(
   collection "router_state".
   Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2; rate 1e-3 there.
   """
+  name = "update_selection_bias"
+  checks.check_array(name, "selection_bias", selection_bias)
+  shape = selection_bias.shape
+  checks.check_shape(name, "tokens_per_expert", tokens_per_expert, shape)
   load = tokens_per_expert.astype(selection_bias.dtype)
   error = load.mean(axis=-1, keepdims=True) - load
   return selection_bias + rate * jnp.sign(error)
-
-
-def load_balancing_loss(
-  probs: Float[Array, "T E"],
-  tokens_per_expert: Real[Array, " E"],
-  *,
-  mask: Bool[Array, " T"] | None = None,
-) -> Float[Array, ""]:
-  """Returns E sum_e f_e P_e: k at perfect balance, more for uneven load.
-
-  f_e is the number of choices of expert e per token (their sum is k; it carries
-  no gradient), P_e the mean probability of e. Divide by k for the form that is
-  1 at perfect balance (Switch, SonicMoE).
-
-  Args:
-    probs: of `RouterOutput`.
-    tokens_per_expert: choices of each expert, `Routing.group_sizes`; of masked
-      tokens none. For a balance over the whole of a larger batch, give its
-      counts scaled to T tokens.
-    mask: True for the tokens that count; all if None.
-
-  Source: Switch Transformer (Fedus et al., 2021), equation 4, for k experts as
-  transformers' load_balancing_loss_func writes it.
-  """
-  checks.check_mask("load_balancing_loss", mask, probs.shape[:1])
-  choices = lax.stop_gradient(tokens_per_expert).astype(probs.dtype)
-  per_token = choices / _count(mask, probs)
-  return probs.shape[1] * jnp.sum(per_token * mean_probs(probs, mask=mask))
-
-
-def mean_probs(
-  probs: Float[Array, "T E"], *, mask: Bool[Array, " T"] | None = None
-) -> Float[Array, " E"]:
-  """Returns P_e, the mean over the tokens that count; zeros if none does."""
-  if mask is not None:
-    probs = jnp.where(mask[:, None], probs, jnp.zeros_like(probs))
-  return probs.sum(axis=0) / _count(mask, probs)
-
-
-def router_z_loss(
-  logits: Float[Array, "T E"], *, mask: Bool[Array, " T"] | None = None
-) -> Float[Array, ""]:
-  """Returns the mean over tokens of logsumexp(z)^2; (log E)^2 for zero logits.
-
-  Args:
-    logits: of `RouterOutput`.
-    mask: True for the tokens that count; all if None.
-
-  Source: ST-MoE (Zoph et al., 2022, arXiv 2202.08906), equation 5.
-  """
-  checks.check_mask("router_z_loss", mask, logits.shape[:1])
-  squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
-  if mask is not None:
-    squares = jnp.where(mask, squares, jnp.zeros_like(squares))
-  return squares.sum() / _count(mask, logits)
-
-
-def _count(mask, rows):
-  """Returns how many tokens count, at least 1 so that none give a zero loss."""
-  if mask is None:
-    return jnp.asarray(max(rows.shape[0], 1), rows.dtype)
-  return jnp.maximum(mask.sum(), 1).astype(rows.dtype)

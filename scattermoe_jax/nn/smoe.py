@@ -88,6 +88,10 @@ class SMoEMLP(nn.Module):
     checks.check_ints(
       "SMoEMLP", num_experts=self.num_experts, d_expert=self.d_expert
     )
+    checks.check_dtypes(
+      "SMoEMLP", dtype=self.dtype, param_dtype=self.param_dtype
+    )
+    checks.check_mesh_axes("SMoEMLP", self.mesh_axes)
     checks.check_tokens("SMoEMLP", x)
     checks.check_choices("SMoEMLP", x, gates, expert_ids)
     d, top_k = x.shape[-1], gates.shape[-1]
@@ -122,6 +126,7 @@ class SMoEMLP(nn.Module):
       y = self._with_adapters()(*rows, expert_ids, w_in, w_out, **options)
     return y.reshape(x.shape)
 
+  @nn.nowrap
   def _with_adapters(self):
     """Returns `smoe_mlp`, or its form for weights that have adapters."""
     if not self.has_variable("params", "lora"):
@@ -133,6 +138,7 @@ class SMoEMLP(nn.Module):
       adapter_out=adapters.get("w_out"),
     )
 
+  @nn.nowrap
   def _weights(self, d: int):
     """Returns w_in, w_out, bias_in and bias_out (None without biases)."""
     axes, num_experts, n = self.mesh_axes, self.num_experts, self.d_expert
@@ -266,7 +272,9 @@ class SMoEBlock(nn.Module):
       mask: True where the token is real. A padding token goes to no expert:
         costs nothing, gets zero (also from shared experts and output bias) and
         counts in no loss, whatever it holds. All are real if None.
-      deterministic: whether to leave out the router's jitter.
+      deterministic: whether to leave out the router's jitter. `nn.remat`
+        traces arguments, but a layer with jitter must know this one:
+        `nn.remat(lambda block, x: block(x, deterministic=False))(block, x)`.
     """
     self._check_fields()
     checks.check_tokens("SMoEBlock", x)
@@ -322,15 +330,21 @@ class SMoEBlock(nn.Module):
       y += bias.astype(y.dtype)[None, :]
     return zero_padding(y, row_mask).reshape(x.shape), metrics
 
+  @nn.nowrap
   def _check_fields(self):
     checks.check_ints(
       "SMoEBlock",
       num_experts=self.num_experts,
       top_k=self.top_k,
       d_expert=self.d_expert,
-      num_shared_experts=self.num_shared_experts,
-      d_shared=self.d_shared or 0,
     )
+    checks.check_ints(
+      "SMoEBlock",
+      least=0,
+      num_shared_experts=self.num_shared_experts,
+      d_shared=0 if self.d_shared is None else self.d_shared,
+    )
+    checks.check_mesh_axes("SMoEBlock", self.mesh_axes)
     if self.shared_gate and not self._shared_width:
       raise ValueError(
         "SMoEBlock: shared_gate=True weighs shared experts, but "

@@ -7,16 +7,25 @@ from scattermoe_jax.ops.placement import REMEDY
 from scattermoe_jax.routing import Routing, is_static_int
 
 
-def check_arrays(function: str, routing: Routing, **arrays) -> None:
-  """Raises unless routing is one, and the rest whole arrays or None."""
+def check_arrays(
+  function: str, routing: Routing, *, optional: dict | None = None, **arrays
+) -> None:
+  """Raises unless routing is one, and the rest whole arrays.
+
+  Args:
+    function: the name of the caller.
+    routing: the routing.
+    optional: arrays that may be None, by name.
+    **arrays: those that may not.
+  """
   if not isinstance(routing, Routing):
     raise TypeError(
       f"{function}: routing must be a Routing, got {_describe(routing)}; make "
       "one of the ids of each token's experts: route(expert_ids, num_experts)."
     )
+  arrays |= {n: a for n, a in (optional or {}).items() if a is not None}
   for name, array in arrays.items():
-    if array is not None:
-      check_array(function, name, array)
+    check_array(function, name, array)
   for name, array in (arrays | routing._asdict()).items():
     # An automatic axis is the compiler's affair, see `check_placement`.
     if axes := split_axes(array):
@@ -40,12 +49,16 @@ def is_array(x) -> bool:
   return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
-def check_ints(function: str, **values) -> None:
-  """Raises TypeError unless all are static ints."""
+def check_ints(function: str, *, least: int = 1, **values) -> None:
+  """Raises unless all are static ints and at least `least`."""
   for name, value in values.items():
     if not is_static_int(value):
       raise TypeError(
         f"{function}: {name} must be a static int, got {value!r}."
+      )
+    if value < least:
+      raise ValueError(
+        f"{function}: {name} must be at least {least}, got {value}."
       )
 
 
@@ -90,21 +103,28 @@ def check_weights(
   function: str, name: str, w, routing: Routing, *, d_in: int | None = None
 ) -> None:
   """Raises ValueError unless w is (E, d_in, d_out)."""
-  shape = jnp.shape(w)
-  if len(shape) != 3:
+  num_experts = check_matrices(function, name, w)
+  if num_experts != routing.num_experts:
     raise ValueError(
-      f"{function}: {name} must have shape (E, d_in, d_out), got {shape}."
+      f"{function}: {name} has {num_experts} experts, the routing "
+      f"{routing.num_experts}; make it by route(ids, "
+      f"num_experts={num_experts})."
     )
-  if shape[0] != routing.num_experts:
+  if d_in is not None and w.shape[1] != d_in:
     raise ValueError(
-      f"{function}: {name} has {shape[0]} experts, the routing "
-      f"{routing.num_experts}; make it by route(ids, num_experts={shape[0]})."
-    )
-  if d_in is not None and shape[1] != d_in:
-    raise ValueError(
-      f"{function}: {name} reads rows of width {shape[1]}, but got rows of "
+      f"{function}: {name} reads rows of width {w.shape[1]}, but got rows of "
       f"width {d_in}; {name} is (E, d_in, d_out)."
     )
+
+
+def check_matrices(function: str, name: str, w) -> int:
+  """Returns E; raises unless w is an array (E, d_in, d_out)."""
+  check_array(function, name, w)
+  if len(w.shape) != 3:
+    raise ValueError(
+      f"{function}: {name} must have shape (E, d_in, d_out), got {w.shape}."
+    )
+  return w.shape[0]
 
 
 def check_bias(function: str, name: str, bias, w) -> None:
@@ -127,19 +147,29 @@ def check_gates(function: str, gates, routing: Routing) -> None:
       f"{function}: gates must have shape (T, k) = {expected}, got "
       f"{jnp.shape(gates)}."
     )
-  _check_floating(function, "gates", gates)
+  check_floating(function, "gates", gates)
 
 
-def check_dtypes(function: str, x, **weights) -> None:
-  """Raises TypeError unless all are of one floating dtype."""
-  _check_floating(function, "x", x)
+def check_dtypes(function: str, x, *, name: str = "x", **others) -> None:
+  """Raises TypeError unless all are of one floating dtype; None is of any."""
+  check_floating(function, name, x)
   dtype = jnp.result_type(x)
-  for name, w in weights.items():
-    if w is not None and jnp.result_type(w) != dtype:
+  for other, array in others.items():
+    if array is not None and jnp.result_type(array) != dtype:
       raise TypeError(
-        f"{function}: {name} is {jnp.result_type(w)} but x is {dtype}; cast "
-        "one of them (the Flax modules do, by their dtype field)."
+        f"{function}: {other} is {jnp.result_type(array)} but {name} is "
+        f"{dtype}; cast one of them (the Flax modules do, by their dtype "
+        "field)."
       )
+
+
+def check_floating(function: str, name: str, x) -> None:
+  """Raises TypeError unless x is of a floating-point dtype."""
+  dtype = jnp.result_type(x)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      f"{function}: {name} must be of a floating-point dtype, got {dtype}."
+    )
 
 
 def check_mlp_widths(function: str, w_in, w_out, d: int) -> bool:
@@ -164,7 +194,7 @@ def check_mlp_widths(function: str, w_in, w_out, d: int) -> bool:
 def check_num_chunks(function: str, num_chunks: int, d: int) -> None:
   """Raises unless num_chunks, an int, slices of equal width make up d."""
   check_ints(function, num_chunks=num_chunks)
-  if num_chunks < 1 or d % num_chunks:
+  if d % num_chunks:
     raise ValueError(
       f"{function}: num_chunks must be a divisor of d = {d}, got {num_chunks}."
     )
@@ -180,14 +210,8 @@ def _check_matrix(function: str, name: str, x) -> int:
 
 
 def _describe(x) -> str:
+  if x is None:
+    return "None"
   if not is_array(x):
     return f"a {type(x).__name__}"
   return f"an array {x.dtype}{list(x.shape)}"
-
-
-def _check_floating(function: str, name: str, x) -> None:
-  dtype = jnp.result_type(x)
-  if not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(
-      f"{function}: {name} must be of a floating-point dtype, got {dtype}."
-    )

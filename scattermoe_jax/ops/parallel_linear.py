@@ -61,7 +61,9 @@ def parallel_linear(
     >>> parallel_linear(x, w, routing).shape
     (4, 5)
   """
-  checks.check_arrays("parallel_linear", routing, x=x, w=w, bias=bias)
+  checks.check_arrays(
+    "parallel_linear", routing, x=x, w=w, optional={"bias": bias}
+  )
   checks.check_rows("parallel_linear", x, routing, grouped=grouped_in)
   checks.check_weights("parallel_linear", "w", w, routing, d_in=jnp.shape(x)[1])
   checks.check_bias("parallel_linear", "bias", bias, w)

@@ -90,8 +90,7 @@ def smoe_mlp(
     gates=gates,
     w_in=w_in,
     w_out=w_out,
-    bias_in=bias_in,
-    bias_out=bias_out,
+    optional={"bias_in": bias_in, "bias_out": bias_out},
   )
   checks.check_tokens("smoe_mlp", x, routing)
   checks.check_gates("smoe_mlp", gates, routing)

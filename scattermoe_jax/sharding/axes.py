@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 Axes = tuple[str, ...]
 Exchange = Literal["all_gather", "ragged_all_to_all"]
@@ -46,7 +46,15 @@ class MeshAxes:
   def __post_init__(self):
     for role in _ROLES:
       names = getattr(self, role)
-      names = (names,) if isinstance(names, str) else tuple(names)
+      names = (names,) if isinstance(names, str) else names
+      if not isinstance(names, tuple | list) or not all(
+        isinstance(name, str) for name in names
+      ):
+        raise TypeError(
+          f"MeshAxes: {role} must be the name of a mesh axis or a tuple of "
+          f"names, got {names!r}."
+        )
+      names = tuple(names)
       object.__setattr__(self, role, names)
     if len(set(self.names)) != len(self.names):
       raise ValueError(f"MeshAxes: an axis plays two roles in {self}.")
@@ -55,10 +63,17 @@ class MeshAxes:
         "MeshAxes: exchange must be 'all_gather' or 'ragged_all_to_all', got "
         f"{self.exchange!r}."
       )
-    if self.capacity_factor is not None and self.exchange == "all_gather":
+    if self.capacity_factor is None:
+      return
+    if self.exchange == "all_gather":
       raise ValueError(
         "MeshAxes: capacity_factor needs exchange='ragged_all_to_all'; an "
         "all_gather brings every token."
+      )
+    if not 0 < self.capacity_factor < math.inf:
+      raise ValueError(
+        "MeshAxes: capacity_factor must be above 0 and finite, got "
+        f"{self.capacity_factor}; None takes all rows."
       )
 
   @property
@@ -88,29 +103,49 @@ class MeshAxes:
     )
 
 
-def context_mesh(mesh: Any = None) -> Any:
-  """Returns `mesh`, else that of `jax.set_mesh`, else None."""
+def context_mesh(function: str, mesh: Any = None) -> Any:
+  """Returns `mesh`, else that of `jax.set_mesh`, else None.
+
+  Raises:
+    TypeError: if `mesh` is none.
+  """
+  if not isinstance(mesh, Mesh | AbstractMesh | None):
+    raise TypeError(
+      f"{function}: mesh must be a jax.sharding.Mesh, got a "
+      f"{type(mesh).__name__}; jax.make_mesh makes one."
+    )
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
   return None if mesh.empty else mesh
 
 
-def axes_of(axes: MeshAxes, mesh: Any) -> MeshAxes:
+def check_axes(function: str, axes: Any, name: str = "axes") -> None:
+  """Raises TypeError unless they are a `MeshAxes`."""
+  if not isinstance(axes, MeshAxes):
+    raise TypeError(
+      f"{function}: {name} must be a MeshAxes, got a {type(axes).__name__}; "
+      'MeshAxes(data="data"), for example, splits tokens over the axis "data".'
+    )
+
+
+def axes_of(function: str, axes: MeshAxes, mesh: Any) -> MeshAxes:
   """Returns `axes` without those that have a single device in `mesh`.
 
   Raises:
+    TypeError: if `axes` is no `MeshAxes`.
     ValueError: if `mesh` lacks one of them, or `jax.shard_map` holds it.
   """
+  check_axes(function, axes)
   if mesh is None:
     return MeshAxes(exchange=axes.exchange)
   for name in axes.names:
     if name not in mesh.shape:
       raise ValueError(
-        f"sharding: the mesh has axes {tuple(mesh.axis_names)}, not {name!r} "
+        f"{function}: the mesh has axes {tuple(mesh.axis_names)}, not {name!r} "
         f"of {axes}."
       )
     if name in manual_names(mesh):
       raise ValueError(
-        f"sharding: {name!r} is an axis of a jax.shard_map around this call; "
+        f"{function}: {name!r} is an axis of a jax.shard_map around this call; "
         "inside one, call the ops themselves."
       )
   several: dict[str, Any] = {

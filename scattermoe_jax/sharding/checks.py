@@ -14,7 +14,12 @@ from scattermoe_jax.routing import Routing, route
 
 
 def checked_routing(
-  function: str, expert_ids: Any, num_experts: int, **arrays: Any
+  function: str,
+  expert_ids: Any,
+  num_experts: int,
+  *,
+  optional: dict[str, Any],
+  **arrays: Any,
 ) -> Routing:
   """Returns the routing of all tokens, its shapes alone, for the ops' checks.
 
@@ -22,7 +27,8 @@ def checked_routing(
     function: the name of the caller.
     expert_ids: the experts of each token.
     num_experts: E.
-    **arrays: the other arguments, by name; None for none.
+    optional: arrays that may be None, by name.
+    **arrays: those that may not.
 
   Raises:
     TypeError: if one is no array, or `expert_ids` are not of integers.
@@ -35,8 +41,11 @@ def checked_routing(
     )
   make = functools.partial(route, num_experts=num_experts)
   routing = jax.eval_shape(make, _shape(expert_ids))
-  shapes = {name: _shape(array) for name, array in arrays.items()}
-  checks.check_arrays(function, routing, **shapes)
+  given, others = (
+    {name: _shape(array) for name, array in several.items()}
+    for several in (arrays, optional)
+  )
+  checks.check_arrays(function, routing, optional=others, **given)
   return routing
 
 

@@ -56,13 +56,18 @@ def parallel_linear(
 
   Raises:
     ValueError: if shapes disagree, the mesh lacks an axis, an axis does not
-      divide what it splits, or an option asks for grouped order.
-    TypeError: if dtypes disagree, or what should be an array is none.
+      divide what it splits, or an option is unknown or asks for grouped order.
+    TypeError: if dtypes disagree, or what should be an array, axes or a mesh
+      is none.
   """
-  mesh = context_mesh(mesh)
-  axes = axes_of(axes, mesh)
-  name, num_experts = "parallel_linear", len(w)
-  routing = checked_routing(name, expert_ids, num_experts, x=x, w=w, bias=bias)
+  name = "parallel_linear"
+  mesh = context_mesh(name, mesh)
+  axes = axes_of(name, axes, mesh)
+  checks.check_one_of(name, "split", split, ("columns", "rows"))
+  num_experts = checks.check_matrices(name, "w", w)
+  routing = checked_routing(
+    name, expert_ids, num_experts, x=x, w=w, optional={"bias": bias}
+  )
   checks.check_rows(name, x, routing, grouped=False)
   checks.check_weights(name, "w", w, routing)
   _check_scattered(**options)

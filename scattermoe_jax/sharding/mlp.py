@@ -64,12 +64,13 @@ def smoe_mlp(
   Raises:
     ValueError: if shapes disagree, the mesh lacks an axis, or an axis does not
       divide what it splits.
-    TypeError: if dtypes disagree, or what should be an array is none.
+    TypeError: if dtypes disagree, or what should be an array, axes or a mesh
+      is none.
     NotImplementedError: if the platform lacks `axes.exchange`.
   """
-  mesh = context_mesh(mesh)
-  axes = axes_of(axes, mesh)
-  num_experts = len(w_out)
+  mesh = context_mesh("smoe_mlp", mesh)
+  axes = axes_of("smoe_mlp", axes, mesh)
+  num_experts = checks.check_matrices("smoe_mlp", "w_out", w_out)
   routing = checked_routing(
     "smoe_mlp",
     expert_ids,
@@ -78,8 +79,7 @@ def smoe_mlp(
     gates=gates,
     w_in=w_in,
     w_out=w_out,
-    bias_in=bias_in,
-    bias_out=bias_out,
+    optional={"bias_in": bias_in, "bias_out": bias_out},
   )
   checks.check_tokens("smoe_mlp", x, routing)
   checks.check_gates("smoe_mlp", gates, routing)
