@@ -268,6 +268,20 @@ def test_remat_and_dtypes_leave_the_function():
   assert {s.dtype for s in jax.tree.leaves(shapes)} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.parametrize("name", ["qwen3", "jetmoe"])
+def test_every_intermediate_can_be_captured(name):
+  model = Transformer(config_of(name))
+  variables, ids = random_variables(model), random_ids(1, 6)
+
+  @jax.jit
+  def run(variables):
+    return model.apply(variables, ids, capture_intermediates=lambda *_: True)
+
+  output, state = run(variables)
+  captured = state["intermediates"]["__call__"][0]
+  np.testing.assert_array_equal(captured.logits, output.logits)
+
+
 def test_jitter_needs_a_key_and_changes_training_only():
   config = dataclasses.replace(TINY, num_layers=1, router_jitter=0.5)
   model = Transformer(config)

@@ -164,6 +164,7 @@ class Layer(nn.Module):
     x = x + h * config.residual_multiplier
     return x, attention_metrics, ffn_metrics, cache
 
+  @nn.nowrap
   def _mixture_of_attention(self):
     config = self.config
     return MixtureOfAttention(
@@ -184,6 +185,7 @@ class Layer(nn.Module):
       name="attention",
     )
 
+  @nn.nowrap
   def _mixture_of_experts(self):
     config = self.config
     return SMoEBlock(
@@ -210,6 +212,7 @@ class Layer(nn.Module):
       name="ffn",
     )
 
+  @nn.nowrap
   def _dense_mlp(self):
     config = self.config
     return DenseMLP(
