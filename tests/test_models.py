@@ -339,6 +339,8 @@ def test_config_survives_json():
     ({"attention": "moa", "qk_norm": "head"}, r"qk_norm needs attention="),
     ({"top_k": 5}, r"top_k = 5 is above num_experts = 4"),
     ({"num_layers": 0}, r"num_layers must be at least 1, got 0"),
+    ({"num_experts": 0}, r"num_experts must be at least 1, got 0"),
+    ({"d_ff": -1}, r"d_ff must be at least 0, got -1"),
     ({"dense_layers": (2,)}, r"dense_layers = \(2,\) .* 2 layers"),
   ],
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

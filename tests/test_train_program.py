@@ -224,6 +224,7 @@ def test_resume_refuses_another_config_data_or_process(
     (["--batch-size", "500"], "one batch of 500 sequences"),
     (["--set", "num_expert=3"], "unknown fields ['num_expert']"),
     (["--set", "num_experts"], "write it as FIELD=VALUE"),
+    (["--set", "num_experts=abc"], "num_experts must be a static int"),
     (["--set", "activation=swish"], "activation must be one of"),
     (["--set", "vocab_size=100"], "it must be at least 256"),
     (["--set", "dtype=float99"], "float99"),

@@ -5,6 +5,7 @@ from typing import Any
 
 from scattermoe_jax.nn import ACTIVATIONS, RopeScaling
 from scattermoe_jax.nn.checks import (
+  check_ints,
   check_one_of,
   check_positive,
   check_window,
@@ -133,7 +134,8 @@ class ModelConfig:
     """Returns the config that `to_dict` or its JSON came from.
 
     Raises:
-      ValueError: if a field is unknown.
+      ValueError: if a field is unknown, or a value does not fit.
+      TypeError: if a size is no int.
     """
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(fields) - known):
@@ -149,6 +151,27 @@ class ModelConfig:
     return cls(**fields)
 
 
+# The least that a size may be; 0 is none of it.
+_LEAST = {
+  0: ("d_ff", "d_shared"),
+  1: (
+    "vocab_size",
+    "d_model",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "attention_experts",
+    "attention_top_k",
+    "num_experts",
+    "top_k",
+    "d_expert",
+    "num_groups",
+    "top_groups",
+  ),
+}
+
+
 def _check(config: ModelConfig) -> None:
   for name, known in (
     ("attention", ("mha", "moa")),
@@ -157,11 +180,9 @@ def _check(config: ModelConfig) -> None:
     ("activation", ACTIVATIONS),
   ):
     check_one_of("ModelConfig", name, getattr(config, name), known)
-  for name in ("vocab_size", "d_model", "num_layers", "num_kv_heads", "top_k"):
-    if getattr(config, name) < 1:
-      raise ValueError(
-        f"ModelConfig: {name} must be at least 1, got {getattr(config, name)}."
-      )
+  for least, names in _LEAST.items():
+    sizes = {name: getattr(config, name) for name in names}
+    check_ints("ModelConfig", least=least, **sizes)
   if any(not 0 <= layer < config.num_layers for layer in config.dense_layers):
     raise ValueError(
       f"ModelConfig: dense_layers = {config.dense_layers} names a layer that "

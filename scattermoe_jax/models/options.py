@@ -171,9 +171,13 @@ def apply_flags(config: RunConfig, flags: argparse.Namespace) -> RunConfig:
   if "attention" in given:
     model = {"attention": given["attention"], **_ATTENTION[given["attention"]]}
   model |= dict(_parse_field(text) for text in given.get("set", []))
+  try:
+    model_config = ModelConfig.from_dict({**config.model.to_dict(), **model})
+  except TypeError as error:  # A word for a number.
+    raise ValueError(str(error)) from error
   return dataclasses.replace(
     config,
-    model=ModelConfig.from_dict({**config.model.to_dict(), **model}),
+    model=model_config,
     training=dataclasses.replace(
       config.training, **_fields_of(TrainConfig, given)
     ),
