@@ -47,6 +47,7 @@ def fresh(monkeypatch):
     (problem(H200, "float32"), triton),
     (problem(H200, d_out=100), triton),
     (problem(H200, num_rows=64), triton),
+    (problem(H200, num_rows=2**25), triton),
   ],
 )
 def test_the_first_that_can_runs(asked, backend):

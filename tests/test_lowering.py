@@ -75,10 +75,9 @@ def grid_of(f, *shapes):
   return kernel_of(f, *shapes)["grid_x"].value
 
 
-@pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_mlp_and_its_gradients_lower(kind, dtype):
-  num_tokens, top_k, num_experts, d, n = 256, 4, 8, 600, 104
+def lowered_mlp_gradients(kind, dtype, num_tokens=256):
+  """Returns the text of an MLP's gradients, lowered for that device."""
+  top_k, num_experts, d, n = 4, 8, 600, 104
 
   def loss(x, gates, w_in, w_out, bias, ids):
     y = ops.smoe_mlp(
@@ -88,7 +87,7 @@ def test_mlp_and_its_gradients_lower(kind, dtype):
     return jnp.sum(y.astype(jnp.float32))
 
   with described(kind):
-    text = lowered(
+    return lowered(
       jax.grad(loss, argnums=(0, 1, 2, 3, 4)),
       ((num_tokens, d), dtype),
       ((num_tokens, top_k), dtype),
@@ -97,7 +96,19 @@ def test_mlp_and_its_gradients_lower(kind, dtype):
       ((num_experts, d), dtype),
       ((num_tokens, top_k), jnp.int32),
     )
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_mlp_and_its_gradients_lower(kind, dtype):
   # Forward: h. Backward: da', dx, dw_in, dw_out, dbias_out.
+  assert lowered_mlp_gradients(kind, dtype).count(TARGET) == 6
+
+
+@pytest.mark.parametrize("num_tokens", [2, 256, 2**15])
+def test_mlp_and_its_gradients_lower_in_double_precision(x64, num_tokens):
+  kind = "NVIDIA H100 80GB HBM3"
+  text = lowered_mlp_gradients(kind, "bfloat16", num_tokens)
   assert text.count(TARGET) == 6
 
 

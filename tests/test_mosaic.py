@@ -7,6 +7,7 @@ behind the seam of `interpreted_mosaic`. On a GPU the kernels themselves run in
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import scattermoe_jax as sm
 from scattermoe_jax._compat import Device
-from scattermoe_jax.kernels import Columns, Problem, mosaic, xla
+from scattermoe_jax.kernels import Columns, Problem, mosaic, tuning, xla
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.mosaic.lowering import lowers
 from scattermoe_jax.kernels.schedule import window_schedule
@@ -397,6 +398,105 @@ def test_a_training_step_lowers_without_a_gpu(case):
   assert lowered_step(case, jax.grad).count(KERNEL) == 5
 
 
+@needs_mosaic
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_step_lowers_in_double_precision(x64, gated):
+  # In pairs, in bands and in pace; the groups of a bias gradient are cut.
+  T, d, n, E, k = 16384, 4096, 8192, 8, 2
+
+  def loss(x, gates, w_in, w_out, bias_in, bias_out, ids):
+    y = sm.smoe_mlp(
+      x, gates, route(ids, E), w_in, w_out, bias_in=bias_in, bias_out=bias_out,
+      implementation="mosaic",
+    )  # fmt: skip
+    return y.astype(jnp.float32).sum()
+
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  width = 2 * n if gated else n
+  args = (
+    shape((T, d)),
+    shape((T, k)),
+    shape((E, d, width)),
+    shape((E, n, d)),
+    shape((E, width)),
+    shape((E, d)),
+    jax.ShapeDtypeStruct((T, k), jnp.int32),
+  )
+  step = jax.value_and_grad(loss, argnums=tuple(range(6)))
+  # up, down, dgrad of down, dx, dw_in, dw_out, dbias_in, dbias_out.
+  assert lowered(step, *args).count(KERNEL) == 8
+
+
+@needs_mosaic
+@pytest.mark.parametrize("grouped_in", [True, False])
+@pytest.mark.parametrize("grouped_out", [True, False])
+def test_a_product_lowers_in_double_precision(x64, grouped_in, grouped_out):
+  T, d, n, E, k = 1001, 600, 104, 5, 2
+
+  def loss(x, w, ids):
+    y = sm.parallel_linear(
+      x, w, route(ids, E), grouped_in=grouped_in, grouped_out=grouped_out,
+      implementation="mosaic",
+    )  # fmt: skip
+    return y.astype(jnp.float32).sum()
+
+  args = (
+    jax.ShapeDtypeStruct((T * k if grouped_in else T, d), jnp.bfloat16),
+    jax.ShapeDtypeStruct((E, d, n), jnp.bfloat16),
+    jax.ShapeDtypeStruct((T, k), jnp.int64),
+  )
+  step = jax.value_and_grad(loss, argnums=(0, 1))
+  assert lowered(step, *args).count(KERNEL) == 3
+
+
+def call_of(op, config):
+  """Returns a function of (x, w, h, ids) that runs `op` with these tiles."""
+  silu = get_activation("silu", gated=True)
+
+  def call(x, w, h, ids):
+    routing = route(ids, w.shape[0])
+    ones = jnp.ones((routing.num_rows,), jnp.float32)
+    if op == "up_projection":
+      return mosaic.up_projection(
+        x, w, routing, bias=None, activation=silu, keep_h=True, config=config
+      )
+    if op == "down_projection_grad":
+      w = w.transpose((0, 2, 1))
+      return mosaic.down_projection_grad(
+        x, w, jnp.concatenate((h, h), 1), ones, routing, activation=silu,
+        config=config,
+      )  # fmt: skip
+    if op.startswith("scatter2scatter"):
+      grouped_in = op == "scatter2scatter_grouped"
+      x = jnp.repeat(x, routing.top_k, axis=0) if grouped_in else x
+      return mosaic.scatter2scatter(
+        x, w, routing, grouped_in=grouped_in, config=config
+      )
+    x_grouped = op == "group_xty_gathered_y"
+    x, y = (h, x) if x_grouped else (x, h)
+    return mosaic.group_xty(
+      x, y, routing, x_grouped=x_grouped, y_grouped=not x_grouped, config=config
+    )
+
+  return call
+
+
+@needs_mosaic
+@pytest.mark.parametrize("op", tuning.OPS)
+def test_all_tiles_that_are_valid_lower(op):
+  T, d, n, E, k = 300, 256, 512, 3, 2
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  args = shape((T, d)), shape((E, d, n)), shape((T * k, n))
+  ids, found = jax.ShapeDtypeStruct((T, k), jnp.int32), 0
+  sizes = 32, 64, 128, 256
+  for blocks in itertools.product(sizes, sizes):
+    config = TileConfig(*blocks, num_stages=3)
+    if tuning.why_invalid(op, config) is None:
+      assert lowered(call_of(op, config), *args, ids).count(KERNEL) == 1, config
+      found += 1
+  assert found > 1
+
+
 def test_activations_are_fused_by_what_they_are_made_of():
   assert lowers(all_that_lowers)
   assert not lowers(softplus_and_slope)
@@ -597,10 +697,19 @@ def test_runs_on_hopper_alone():
     (dict(dtype="float32"), "multiplies bfloat16 or float16, got float32"),
     (dict(d_in=100), "multiples of 8, got d_in = 100"),
     (dict(d_out=20), "multiples of 8, got d_out = 20"),
+    (dict(num_rows=2**26), "array of rows, got 67108864 rows of d_in = 1024"),
   ],
 )
 def test_refuses_in_words(change, words):
   assert words in mosaic.check(PROBLEM._replace(**change))
+
+
+@needs_mosaic
+def test_takes_as_many_rows_as_chunks_of_32_bits_count():
+  most = PROBLEM._replace(num_rows=2**25)
+  assert mosaic.check(most) is None
+  # Widths are padded to tiles.
+  assert "d_out = 1032" in mosaic.check(most._replace(d_out=1032))
 
 
 @needs_mosaic

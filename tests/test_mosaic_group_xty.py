@@ -708,6 +708,26 @@ def test_group_xty_on_gpu_past_2_to_the_31():
 
 
 @pytest.mark.gpu
+def test_rows_behind_32_gib_are_gathered_on_gpu():
+  # A row has 2^11 chunks of 16 bytes: the last 128 begin behind 2^31 of them.
+  before, d = 2**20, 2**14
+  rows = before + 128
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if stats.get("bytes_limit", 0) < 40 * 2**30:
+    pytest.skip("needs 40 GiB")
+
+  @jax.jit
+  def ones_after_zeros():
+    is_after = jnp.arange(rows) >= before
+    return jnp.broadcast_to(is_after.astype(jnp.bfloat16)[:, None], (rows, d))
+
+  x, y = ones_after_zeros(), jnp.ones((rows, 64), jnp.bfloat16)
+  routing = route(jnp.zeros((rows, 1), jnp.int32), 1)
+  got = group_xty(x, y, routing, y_grouped=True)
+  np.testing.assert_array_equal(np.asarray(got, np.float32), rows - before)
+
+
+@pytest.mark.gpu
 def test_every_candidate_of_group_xty_is_right_on_gpu():
   ids = distinct_ids(np.random.default_rng(1), 512, 4, 8)
   routing = route(jnp.asarray(ids), 8)

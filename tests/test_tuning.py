@@ -59,6 +59,9 @@ def test_tiles_that_cannot_run_are_refused_in_words():
   assert "takes 2" in tuning.why_invalid(op, one)
   assert tuning.why_invalid(op, two) is None
   assert "takes 3" in tuning.why_invalid("up_projection", two)
+  none, negative = TileConfig(num_sms=0), TileConfig(band_n=-1)
+  assert "num_sms = 0" in tuning.why_invalid(op, none)
+  assert "band_n = -1" in tuning.why_invalid(op, negative)
   with pytest.raises(ValueError, match="op must be one of"):
     tuning.heuristic("sort", PROBLEMS[0])
 

@@ -24,9 +24,11 @@ IMPLEMENTATIONS = ("mosaic", "triton", "xla")
 
 # Up to so many rows per expert a product waits for its weights alone, and small
 # tiles with many loads in flight read them faster: Triton's before Mosaic's.
-# An H200, d=4096 n=1024 E=128 k=8, one layer: 0.75 to 0.88 ms at 4 rows per
-# expert, 1.14 to 1.21 at 32 (with a slower sort than today's); not measured
-# between there and the hundreds of rows where Mosaic leads.
+# One layer on an H200, d=4096 n=1024 E=128 k=8:
+#   rows per expert    Triton    Mosaic
+#                 4    0.75 ms   0.88 ms
+#                32    1.14 ms   1.21 ms   with a slower sort than today's
+# Mosaic leads from hundreds of rows on; between, nothing was measured.
 FEW_ROWS_PER_EXPERT = 32
 
 

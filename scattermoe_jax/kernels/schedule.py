@@ -208,7 +208,7 @@ def _groups(
     num_experts = group_sizes.shape[0]
     # The last group with rows; of the groups after it none has a tile.
     is_last = (tiles > 0) & (ends == ends[num_experts - 1])
-    more = -jnp.sum(tiles[:num_experts]) % jnp.int32(multiple)
+    more = -jnp.sum(tiles[:num_experts], dtype=jnp.int32) % jnp.int32(multiple)
     tiles += jnp.where(is_last, more, 0)
   tile_ends = lax.optimization_barrier(
     sum_where(groups[None, :] <= groups[:, None], tiles)

@@ -36,6 +36,10 @@ _WAITING_FOR_NOTHING = (
   "group_xty_gathered_x",
   "group_xty_gathered_y",
 )
+# Those whose activation may have a gate. A tile of 64 columns of w would be 32
+# of gate and 32 of up, where stores want 64; and up of h, 128 rows of 64
+# columns, is loaded in place of a step of w, which would have 64 rows.
+_GATED = ("up_projection", "down_projection_grad")
 _H200_SMS = 132
 # Shared memory of a block on Hopper, less a kilobyte for barriers.
 _SHARED_BYTES = 226 * 1024
@@ -202,6 +206,10 @@ def why_invalid(op: str, config: TileConfig) -> str | None:
   least = 2 if op in _WAITING_FOR_NOTHING else 3
   if config.num_stages < least:
     return f"num_stages = {config.num_stages}; loading ahead takes {least}"
+  if config.num_sms < 1:
+    return f"num_sms = {config.num_sms}; a launch has a block or more"
+  if config.band_n < 0:
+    return f"band_n = {config.band_n}; 0 is a band of all tiles"
   if not _fits(config):
     return f"{config} takes more shared memory than a block has"
   return None
@@ -218,6 +226,8 @@ def _blocks(op: str) -> list[tuple[int, int]]:
     return [(256, 128), (128, 128), (64, 128), (128, 256)]
   if op == "group_xty_gathered_x":
     return [(128, 256), (128, 128), (128, 64), (64, 128), (256, 128)]
+  if op in _GATED:
+    return [(128, 256), (128, 128)]
   return [(128, 256), (128, 128), (128, 64)]
 
 

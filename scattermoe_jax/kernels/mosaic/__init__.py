@@ -32,6 +32,8 @@ _DTYPES = ("bfloat16", "float16")
 _MULTIPLE = 8
 # The tensor core reads tiles of 64 columns; other widths are padded to them.
 _TILE_WIDTH = 64
+# What 32 bits reach that count chunks of 8 elements (`layouts.at_chunk`).
+_MOST_ELEMENTS = 2**35
 
 
 def check(problem: Problem) -> str | None:
@@ -49,6 +51,11 @@ def check(problem: Problem) -> str | None:
       return (
         f"mosaic needs widths that are multiples of {_MULTIPLE}, got "
         f"{name} = {width}"
+      )
+    if problem.num_rows * _padded(width) > _MOST_ELEMENTS:
+      return (
+        f"mosaic reaches {_MOST_ELEMENTS} elements of an array of rows, got "
+        f"{problem.num_rows} rows of {name} = {width}"
       )
   return missing_feature()
 

@@ -127,7 +127,7 @@ def at_byte(pointer: ir.Value, offset: ir.Value | int) -> ir.Value:
 def at_chunk(pointer: ir.Value, chunk: ir.Value) -> ir.Value:
   """Returns the pointer `chunk` times 16 bytes on.
 
-  Counting 16-byte chunks, 32 bits reach 2^34 elements of 16 bits.
+  Counting 16-byte chunks, 32 bits reach 2^35 elements of 16 bits.
   """
   offset = arith.shli(arith.extui(i64(), chunk), mgpu_utils.c(4, i64()))
   return at_byte(pointer, offset)

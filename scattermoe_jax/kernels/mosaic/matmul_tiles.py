@@ -206,7 +206,8 @@ class Walk(NamedTuple):
 
   def num_steps(self, expert) -> Array:
     """Returns the steps of contraction of a tile; none for rows of no group."""
-    return jnp.where(expert < self.plan.num_experts, self.plan.steps, 0)
+    steps = jnp.int32(self.plan.steps)
+    return jnp.where(expert < self.plan.num_experts, steps, 0)
 
   def all_have_one(self, t) -> Array:
     """Returns whether all blocks have a t-th tile."""
@@ -234,7 +235,7 @@ def place_of_turn(plan: Plan, turn, num_turns_m):
   """
   columns, band_n = plan.num_tiles_n, plan.config.band_n
   if not 0 < band_n < columns:
-    return turn // columns, lax.rem(turn, columns)
+    return turn // columns, lax.rem(turn, jnp.int32(columns))
   band = turn // (num_turns_m * band_n)
   first = band * band_n
   width = jnp.minimum(band_n, columns - first)

@@ -91,7 +91,7 @@ class Pace:
       step: which of its steps.
     """
 
-    @pl.when(lax.rem(step, STEPS) == 0)
+    @pl.when(lax.rem(step, jnp.int32(STEPS)) == 0)
     def _():
       self.report(1)
       before = reports_before(tile, step, self._steps)

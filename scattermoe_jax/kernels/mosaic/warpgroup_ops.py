@@ -113,7 +113,8 @@ def copy(source, smem, ids, window: Window, *, column, width, fan_out):
       lt.at_byte(warp_smem, lt.swizzled(row, chunk))
       for row in (lane_row, arith.addi(lane_row, lt.const(_ROWS_AT_ONCE)))
     ]
-    # Each lane knows a row: where it begins, or -1 if it is to be zero.
+    # Each lane knows a row: where it begins, or -1 if it is to be zero. From
+    # chunk 2^31 on others are negative too.
     [my_id] = lt.unpack(ids)
     my_start = arith.select(
       _my_row(*window)[1],
@@ -128,7 +129,7 @@ def copy(source, smem, ids, window: Window, *, column, width, fan_out):
         lt.const(_WARP - 1),
         nvvm.ShflKind.idx,
       )
-      exists = arith.cmpi(arith.CmpIPredicate.sge, start, lt.const(0))
+      exists = arith.cmpi(arith.CmpIPredicate.ne, start, lt.const(-1))
       # Far outside for the start -1 of no row, of which nothing is read.
       row_source = lt.at_chunk(first_row, start)
       for j in range(tiles):

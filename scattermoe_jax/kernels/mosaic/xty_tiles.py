@@ -269,11 +269,13 @@ def _cuts(plan: Plan, sizes, num_rows: int):
   """
   fair, mean = plan.part_rows, num_rows / plan.num_experts
   shares = jnp.where(
-    sizes > int(_HOT * mean), pl.cdiv(sizes, fair), (sizes + fair // 8) // fair
+    sizes > int(_HOT * mean),
+    pl.cdiv(sizes, jnp.int32(fair)),
+    (sizes + fair // 8) // fair,
   )
   count = jnp.maximum(jnp.minimum(shares, sizes // _LEAST_ROWS), 1)
   rows = jnp.maximum(sizes, 1)
-  length = pl.cdiv(pl.cdiv(rows, count), ROWS) * ROWS
+  length = pl.cdiv(pl.cdiv(rows, count), jnp.int32(ROWS)) * ROWS
   # Of whole steps fewer parts may do.
   return length, pl.cdiv(rows, length)
 
@@ -355,8 +357,8 @@ def tile_at(plan: Plan, parts: Parts, index) -> Tile:
   The tiles of a cluster are neighbours along left, and follow each other.
   """
   part = jnp.minimum(index // plan.per_part, plan.num_parts - 1)
-  within = lax.rem(index, plan.per_part)
-  nth = lax.rem(within, plan.cluster)
+  within = lax.rem(index, jnp.int32(plan.per_part))
+  nth = lax.rem(within, jnp.int32(plan.cluster))
   turn, turns_left = within // plan.cluster, plan.tiles_left // plan.cluster
   band = plan.config.band_n or plan.tiles_right
   band_start = turn // (turns_left * band) * band
