@@ -39,7 +39,7 @@ def example(batch, length):
   """Returns the expert ids, and what a loss is differentiated by."""
   e, d, n = NUM_EXPERTS, D_MODEL, D_EXPERT
   ids = np.arange(batch * length)[:, None] + np.arange(TOP_K)
-  return ids.astype(np.int32) % e, {
+  return jnp.asarray(ids % e, jnp.int32), {
     "x": normal(0, batch, length, d),
     "before": normal(1, d, d),
     "gates": normal(2, batch, length, TOP_K),
@@ -86,3 +86,16 @@ def test_gradients_before_an_op_equal_one_device(batch, length, op, axes, kind):
     scale = np.max(np.abs(b), initial=1)
     error = np.max(np.abs(np.asarray(a) - b), initial=0) / scale
     assert error <= 1e-5, f"{jax.tree_util.keystr(path)}: {error:.2e}"
+
+
+def test_an_op_outside_jit_equals_one_device():
+  ids, given = example(2, 3)
+  want = jax.value_and_grad(loss, argnums=2)(mlp, ids, given, MeshAxes())
+  with jax.set_mesh(mesh_of_four()):
+    axes = MeshAxes(data="a")
+    got = jax.value_and_grad(loss, argnums=2)(mlp, ids, given, axes)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    got,
+    want,
+  )

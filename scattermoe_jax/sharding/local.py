@@ -126,7 +126,8 @@ def _whole(array: Array, mesh: Any) -> Array:
   if jax.sharding.AxisType.Explicit in mesh.axis_types:
     return jax.sharding.reshard(array, spec)
   whole = jax.sharding.NamedSharding(mesh, spec)
-  return jax.lax.with_sharding_constraint(array, whole)
+  # Outside `jax.jit` only what lies on the mesh already can be constrained.
+  return jax.jit(lambda a: lax.with_sharding_constraint(a, whole))(array)
 
 
 def here_or_nowhere(
