@@ -20,6 +20,7 @@ _TRITON = "The Pallas Triton backend is deprecated"
 # (an AbstractDevice) and not here to be asked.
 _CAPABILITY_OF_KIND = {
   "T4": (7, 5),
+  "T4G": (7, 5),
   "A100": (8, 0),
   "A800": (8, 0),
   "A30": (8, 0),
@@ -35,7 +36,9 @@ _CAPABILITY_OF_KIND = {
   "H800": (9, 0),
   "GH200": (9, 0),
   "B200": (10, 0),
+  "GB200": (10, 0),
   "B300": (10, 3),
+  "GB300": (10, 3),
   "RTX 5090": (12, 0),
   "RTX PRO 6000 Blackwell": (12, 0),
 }

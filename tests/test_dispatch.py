@@ -198,6 +198,7 @@ def test_a_device_of_a_mesh_that_is_here_is_asked(monkeypatch):
     ("NVIDIA RTX A1000", None),
     ("NVIDIA A10G", (8, 6)),
     ("NVIDIA L40S", (8, 9)),
+    ("NVIDIA GB200", (10, 0)),
     ("NVIDIA H800", (9, 0)),
     ("NVIDIA H100 80GB HBM3", (9, 0)),
     ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0)),
