@@ -312,6 +312,40 @@ def test_attend_in_float16_runs_under_jit():
     assert error <= 0.005 * np.abs(expected).max()
 
 
+def heads(batch, length):
+  random = np.random.default_rng(length)
+  return jnp.asarray(random.normal(size=(batch, length, 2, 4)), jnp.float32)
+
+
+@pytest.mark.parametrize("sinks", [None, (0.5, -0.5)], ids=str)
+def test_attend_to_other_tokens_equals_a_plain_softmax(sinks):
+  operands = heads(2, 3), heads(2, 5), heads(2, 5)[:, ::-1]
+
+  def plain(dtype):
+    q, k, v = (np.asarray(a, dtype) for a in operands)
+    weights = np.exp(np.einsum("blhd,bmhd->bhlm", q, k) / 2)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+      total += np.exp(np.asarray(sinks, dtype))[None, :, None, None]
+    return np.einsum("bhlm,bmhd->blhd", weights / total, v)
+
+  logits = None if sinks is None else jnp.asarray(sinks, jnp.float32)
+  got, _ = smnn.attend(*operands, causal=False, sinks=logits)
+  assert_accurate(got, plain(np.float64), plain(np.float32))
+
+
+def test_a_window_may_differ_by_layer():
+  q = heads(1, 4)
+
+  def layer(_, window):
+    return None, smnn.attend(q, q, q, sliding_window=window)[0]
+
+  _, got = jax.lax.scan(layer, None, jnp.array([1, 3]))
+  for i, window in enumerate((1, 3)):
+    _, want = layer(None, window)
+    np.testing.assert_allclose(got[i], want, rtol=1e-5)
+
+
 def test_attend_refuses_a_window_that_is_not_causal():
   q = jnp.ones((B, L, H, C))
   with pytest.raises(ValueError, match="need causal=True"):

@@ -340,6 +340,11 @@ def test_config_survives_json():
     ({"top_k": 5}, r"top_k = 5 is above num_experts = 4"),
     ({"num_layers": 0}, r"num_layers must be at least 1, got 0"),
     ({"num_experts": 0}, r"num_experts must be at least 1, got 0"),
+    ({"ffn": "dense", "d_ff": 0}, r"d_ff must be at least 1, got 0"),
+    (
+      {"attention": "moa", "attention_experts": 0},
+      r"attention_experts must be at least 1, got 0",
+    ),
     ({"d_ff": -1}, r"d_ff must be at least 0, got -1"),
     ({"dense_layers": (2,)}, r"dense_layers = \(2,\) .* 2 layers"),
   ],
@@ -348,6 +353,15 @@ def test_config_survives_json():
 def test_contradicting_fields_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(TINY, **fields)
+
+
+def test_sizes_of_what_a_model_has_not_may_be_zero():
+  no_experts = dict(num_experts=0, top_k=0, d_expert=0)
+  dense = dataclasses.replace(TINY, ffn="dense", **no_experts)
+  no_mixture = dict(attention_experts=0, attention_top_k=0)
+  plain = dataclasses.replace(dense, attention="mha", **no_mixture)
+  assert shapes_of(Transformer(plain)) == shapes_of(Transformer(dense))
+  assert dataclasses.replace(TINY, d_ff=0).is_moe(0)
 
 
 def test_greedy_sample_takes_the_likeliest_token_of_the_full_pass():

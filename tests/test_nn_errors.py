@@ -59,8 +59,8 @@ def refuses(error, message, module, *args, **given):
 def test_router_refuses_what_is_not_rows(shape):
   refuses(
     ValueError,
-    f"Router: x must be (T, d), got {shape}; flatten batch and sequence: "
-    "x.reshape(-1, d).",
+    f"Router: x must have shape (T, d), got {shape}; flatten batch and "
+    "sequence: x.reshape(-1, d).",
     router(),
     jnp.ones(shape),
   )
@@ -70,7 +70,8 @@ def test_router_refuses_what_is_not_rows(shape):
 def test_moa_refuses_what_is_not_sequences(shape):
   refuses(
     ValueError,
-    f"MixtureOfAttention: x must be (B, L, d), got {shape}; one sequence is",
+    f"MixtureOfAttention: x must have shape (B, L, d), got {shape}; one "
+    "sequence is",
     moa(),
     jnp.ones(shape),
   )
@@ -134,7 +135,9 @@ def test_mesh_axes_are_said_by_their_type(name):
 
 def test_linear_refuses_what_is_not_rows():
   _, routing = INPUTS["ParallelLinear"]
-  message = f"ParallelLinear: x must be (rows, d), got {ONES.shape}; flatten"
+  message = (
+    f"ParallelLinear: x must have shape (rows, d), got {ONES.shape}; flatten"
+  )
   refuses(ValueError, message, linear(), ONES, routing)
 
 
@@ -349,22 +352,22 @@ BAD_SEQUENCES = {
   "positions_of_one_sequence": (
     {"positions": jnp.zeros((1, L), jnp.int32)},
     ValueError,
-    f"positions must be ({B}, {L}), got (1, {L}).",
+    f"positions must have shape ({B}, {L}), got (1, {L}); jnp.broadcast_to",
   ),
   "float_positions": (
     {"positions": jnp.zeros((B, L))},
     TypeError,
-    "positions must be integers, got float32.",
+    "positions must be integers, got float32; cast",
   ),
   "segment_ids_transposed": (
     {"segment_ids": jnp.ones((L, B), jnp.int32)},
     ValueError,
-    f"segment_ids must be ({B}, {L}), got ({L}, {B}).",
+    f"segment_ids must have shape ({B}, {L}), got ({L}, {B}); jnp.broadcast_to",
   ),
   "segment_ids_of_bool": (
     {"segment_ids": jnp.ones((B, L), bool)},
     TypeError,
-    "segment_ids must be integers, got bool.",
+    "segment_ids must be integers, got bool; cast",
   ),
   "segment_ids_of_a_list": (
     {"segment_ids": [[1] * L] * B},
@@ -379,22 +382,22 @@ BAD_SEQUENCES = {
   "cache_of_other_sequences": (
     {"cache": smnn.KVCache.empty(B + 1, L, 2, 4)},
     ValueError,
-    f"cache.key must be ({B}, C, 2, 4), got ({B + 1}, {L}, 2, 4).",
+    f"cache.key must have shape ({B}, C, 2, 4), got ({B + 1}, {L}, 2, 4).",
   ),
   "cache_of_other_heads": (
     {"cache": smnn.KVCache.empty(B, L, 4, 4)},
     ValueError,
-    f"cache.key must be ({B}, C, 2, 4), got ({B}, {L}, 4, 4).",
+    f"cache.key must have shape ({B}, C, 2, 4), got ({B}, {L}, 4, 4).",
   ),
   "cache_of_two_capacities": (
     {"cache": CACHE._replace(positions=CACHE.positions[:, 1:])},
     ValueError,
-    f"cache.positions must be ({B}, {L}), got ({B}, {L - 1}).",
+    f"cache.positions must have shape ({B}, {L}), got ({B}, {L - 1}).",
   ),
   "cache_of_many_lengths": (
     {"cache": CACHE._replace(length=jnp.zeros((B,), jnp.int32))},
     ValueError,
-    f"cache.length must be (), got ({B},).",
+    f"cache.length must have shape (), got ({B},).",
   ),
   "cache_that_is_too_short": (
     {"cache": smnn.KVCache.empty(B, L - 1, 2, 4)},
@@ -419,17 +422,17 @@ BAD_HEADS = {
   "query_of_three_axes": (
     {"query": HEADS[0]},
     ValueError,
-    f"query must be (B, L, N, d_head), got ({L}, 2, 4).",
+    f"query must have shape (B, L, N, d_head), got ({L}, 2, 4).",
   ),
   "key_of_other_tokens": (
     {"key": HEADS[:, 1:]},
     ValueError,
-    f"key must be ({B}, {L}, n, 4), got ({B}, {L - 1}, 2, 4).",
+    f"key must have shape ({B}, {L}, n, 4), got ({B}, {L - 1}, 2, 4); other",
   ),
   "value_of_other_heads": (
     {"value": HEADS[:, :, :1]},
     ValueError,
-    f"value must be ({B}, {L}, 2, 4), got ({B}, {L}, 1, 4).",
+    f"value must have shape ({B}, {L}, 2, 4), got ({B}, {L}, 1, 4).",
   ),
   "query_of_too_few_heads": (
     {"query": HEADS[:, :, :1]},
@@ -449,7 +452,7 @@ BAD_HEADS = {
   "sinks_of_other_heads": (
     {"sinks": jnp.ones((4,))},
     ValueError,
-    "sinks must be (2,), got (4,).",
+    "sinks must have shape (2,), got (4,).",
   ),
 }
 
@@ -466,11 +469,11 @@ def test_attend_refuses_other_heads(change, error, message):
 @pytest.mark.parametrize(
   ("given", "message"),
   [
-    ({"x": HEADS[0]}, f"x must be (B, L, h, d_head), got ({L}, 2, 4)."),
+    ({"x": HEADS[0]}, f"x must have shape (B, L, h, d_head), got ({L}, 2, 4)."),
     ({"positions": None}, "positions must be an array, got None"),
     (
       {"positions": IDS[0]},
-      f"positions must be ({B}, {L}), got ({L}, {K}).",
+      f"positions must have shape ({B}, {L}), got ({L}, {K}); jnp.broadcast_to",
     ),
   ],
 )

@@ -151,27 +151,6 @@ class ModelConfig:
     return cls(**fields)
 
 
-# The least that a size may be; 0 is none of it.
-_LEAST = {
-  0: ("d_ff", "d_shared"),
-  1: (
-    "vocab_size",
-    "d_model",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "attention_experts",
-    "attention_top_k",
-    "num_experts",
-    "top_k",
-    "d_expert",
-    "num_groups",
-    "top_groups",
-  ),
-}
-
-
 def _check(config: ModelConfig) -> None:
   for name, known in (
     ("attention", ("mha", "moa")),
@@ -180,9 +159,7 @@ def _check(config: ModelConfig) -> None:
     ("activation", ACTIVATIONS),
   ):
     check_one_of("ModelConfig", name, getattr(config, name), known)
-  for least, names in _LEAST.items():
-    sizes = {name: getattr(config, name) for name in names}
-    check_ints("ModelConfig", least=least, **sizes)
+  _check_sizes(config)
   if any(not 0 <= layer < config.num_layers for layer in config.dense_layers):
     raise ValueError(
       f"ModelConfig: dense_layers = {config.dense_layers} names a layer that "
@@ -218,3 +195,24 @@ def _check(config: ModelConfig) -> None:
       f"ModelConfig: top_k = {config.top_k} is above num_experts = "
       f"{config.num_experts}."
     )
+
+
+def _check_sizes(config: ModelConfig) -> None:
+  """Raises unless sizes are ints, and above 0 where the model has such parts.
+
+  Of parts that it has not, 0 is a size as well.
+  """
+
+  def check(*names: str, least: int):
+    sizes = {name: getattr(config, name) for name in names}
+    check_ints("ModelConfig", least=least, **sizes)
+
+  check("vocab_size", "d_model", "num_layers", least=1)
+  check("num_heads", "num_kv_heads", "head_dim", least=1)
+  is_moe = [config.is_moe(layer) for layer in range(config.num_layers)]
+  check("num_experts", "top_k", "d_expert", least=int(any(is_moe)))
+  check("num_groups", "top_groups", least=int(any(is_moe)))
+  check("d_ff", least=int(not all(is_moe)))
+  check("d_shared", least=0)
+  is_mixture = config.attention == "moa"
+  check("attention_experts", "attention_top_k", least=int(is_mixture))

@@ -65,7 +65,6 @@ class KVCache(NamedTuple):
       head_dim: d_head.
       dtype: of keys and values.
     """
-    checks.check_ints("KVCache.empty", least=0, batch=batch)
     checks.check_ints(
       "KVCache.empty",
       capacity=capacity,
@@ -107,14 +106,14 @@ class KVCache(NamedTuple):
 
 def attend(
   query: Float[Array, "B L N d_head"],
-  key: Float[Array, "B L n d_head"],
-  value: Float[Array, "B L n d_head"],
+  key: Float[Array, "B M n d_head"],
+  value: Float[Array, "B M n d_head"],
   *,
   positions: Int[Array, "B L"] | None = None,
   segment_ids: Int[Array, "B L"] | None = None,
   cache: KVCache | None = None,
   causal: bool = True,
-  sliding_window: int | None = None,
+  sliding_window: int | Int[Array, ""] | None = None,
   sinks: Float[Array, " N"] | None = None,
   scale: float | None = None,
   implementation: str | None = None,
@@ -126,7 +125,8 @@ def attend(
 
   Args:
     query: queries, turned by their positions already.
-    key: keys, turned as well.
+    key: keys, turned as well. M is L, but without `causal`, a cache and
+      segments may be another.
     value: values.
     positions: of the tokens in their sequences, for the window when there is a
       cache; None for consecutive ones.
@@ -135,6 +135,7 @@ def attend(
     cache: of the tokens before these; None if these are all.
     causal: whether a token sees only itself and those before it.
     sliding_window: how many tokens a token sees, itself included; causal only.
+      An array, as of a scan over layers, needs implementation="xla".
     sinks: a logit per head that takes part in the softmax and has no value
       (gpt-oss).
     scale: of the logits; None for d_head^-0.5.
@@ -150,7 +151,7 @@ def attend(
     ValueError: if shapes disagree, the cache has fewer slots than there are
       tokens, a window or a cache comes without `causal`, or the implementation
       is none of these.
-    TypeError: if dtypes disagree, or what should be an array is none.
+    TypeError: if dtypes disagree, or what should be an array is not one.
 
   Source: `jax.nn.dot_product_attention`; sinks as transformers' gpt-oss.
   """
@@ -158,7 +159,8 @@ def attend(
     "attend", "implementation", implementation, IMPLEMENTATIONS
   )
   checks.check_window("attend", sliding_window)
-  _check_heads(query, key, value, sinks)
+  is_self = causal or cache is not None or segment_ids is not None
+  _check_heads(query, key, value, sinks, is_self)
   checks.check_ids(
     "attend", query.shape[:2], positions=positions, segment_ids=segment_ids
   )
@@ -261,11 +263,13 @@ def check_cache(function: str, cache: Any, key_shape: tuple[int, ...]) -> None:
     )
 
 
-def _check_heads(query, key, value, sinks) -> None:
-  """Raises unless they are the heads of the same tokens."""
+def _check_heads(query, key, value, sinks, is_self: bool) -> None:
+  """Raises unless they are heads, of the same tokens if attention `is_self`."""
   checks.check_shape("attend", "query", query, ("B", "L", "N", "d_head"))
   batch, length, num_heads, head_dim = query.shape
-  checks.check_shape("attend", "key", key, (batch, length, "n", head_dim))
+  keys = (batch, length if is_self else "M", "n", head_dim)
+  advice = "other tokens than the queries' need causal=False and no segments"
+  checks.check_shape("attend", "key", key, keys, advice)
   checks.check_shape("attend", "value", value, key.shape)
   if not key.shape[2] or num_heads % key.shape[2]:
     raise ValueError(
@@ -306,7 +310,9 @@ def _append_and_mask(cache, key, value, positions, segment_ids, window):
   return cache, mask
 
 
-def _causal_mask(length: int, window: int | None) -> Bool[Array, "1 1 L L"]:
+def _causal_mask(
+  length: int, window: int | Int[Array, ""] | None
+) -> Bool[Array, "1 1 L L"]:
   rows = jnp.arange(length, dtype=jnp.int32)
   distance = rows[:, None] - rows[None, :]
   mask = distance >= 0

@@ -98,7 +98,7 @@ def check_shape(
   if not right:
     expected = ", ".join(map(str, dims)) + ("," if len(dims) == 1 else "")
     raise ValueError(
-      f"{function}: {name} must be ({expected}), got {array.shape}"
+      f"{function}: {name} must have shape ({expected}), got {array.shape}"
       + (f"; {advice}." if advice else ".")
     )
 
@@ -110,10 +110,12 @@ def check_ids(
   for name, array in arrays.items():
     if array is None:
       continue
-    check_shape(function, name, array, shape)
+    advice = "jnp.broadcast_to repeats what all sequences share"
+    check_shape(function, name, array, shape, advice)
     if not jnp.issubdtype(array.dtype, jnp.integer):
       raise TypeError(
-        f"{function}: {name} must be integers, got {array.dtype}."
+        f"{function}: {name} must be integers, got {array.dtype}; cast "
+        "them, a mask as well: astype(jnp.int32)."
       )
 
 
@@ -141,7 +143,7 @@ def check_at_most(
     )
 
 
-def check_dtypes(function: str, **dtypes: Any) -> None:
+def check_dtype_fields(function: str, **dtypes: Any) -> None:
   """Raises TypeError unless all are None or floating."""
   for name, dtype in dtypes.items():
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
@@ -157,23 +159,29 @@ def check_mesh_axes(function: str, mesh_axes: Any) -> None:
 
 
 def check_window(function: str, sliding_window: Any) -> None:
-  """Raises unless it is None or a number of tokens, oneself among them."""
-  if sliding_window is not None:
+  """Raises unless it is None, traced, or how many tokens one sees."""
+  if sliding_window is not None and not _is_traced(sliding_window):
     check_ints(function, sliding_window=sliding_window)
 
 
 def check_positive(function: str, **values: Any) -> None:
-  """Raises ValueError unless all are above 0."""
+  """Raises unless all are static and above 0."""
   for name, value in values.items():
+    if _is_traced(value):
+      raise TypeError(f"{function}: {name} must be static, got a traced one.")
     if not value > 0:
       raise ValueError(f"{function}: {name} must be above 0, got {value}.")
 
 
 def check_static(function: str, name: str, value: Any) -> None:
   """Raises TypeError if a switch is known at run time only."""
-  if isinstance(value, jax.core.Tracer):
+  if _is_traced(value):
     raise TypeError(
       f"{function}: {name} must be a static bool, got a traced one; "
       "nn.remat traces what it is given, so: nn.remat(lambda module, x: "
       f"module(x, {name}=False))(module, x)."
     )
+
+
+def _is_traced(value: Any) -> bool:
+  return isinstance(value, jax.core.Tracer)

@@ -51,7 +51,7 @@ class DenseMLP(nn.Module):
   def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
     """Returns f(x w_in + bias_in) w_out + bias_out."""
     checks.check_ints("DenseMLP", d_hidden=self.d_hidden)
-    checks.check_dtypes(
+    checks.check_dtype_fields(
       "DenseMLP", dtype=self.dtype, param_dtype=self.param_dtype
     )
     checks.check_mesh_axes("DenseMLP", self.mesh_axes)

@@ -68,7 +68,7 @@ class ParallelLinear(nn.Module):
     checks.check_ints(
       "ParallelLinear", features=self.features, num_experts=self.num_experts
     )
-    checks.check_dtypes(
+    checks.check_dtype_fields(
       "ParallelLinear", dtype=self.dtype, param_dtype=self.param_dtype
     )
     checks.check_tokens(

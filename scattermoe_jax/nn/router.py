@@ -192,7 +192,7 @@ class Router(nn.Module):
       checks.check_ints("Router", **{name: value, among: most})
       checks.check_at_most("Router", name, value, among, most)
     checks.check_one_of("Router", "scoring", self.scoring, get_args(Scoring))
-    checks.check_dtypes(
+    checks.check_dtype_fields(
       "Router", dtype=self.dtype, param_dtype=self.param_dtype
     )
     if not 0 <= self.jitter < 1:

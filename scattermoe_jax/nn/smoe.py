@@ -88,7 +88,7 @@ class SMoEMLP(nn.Module):
     checks.check_ints(
       "SMoEMLP", num_experts=self.num_experts, d_expert=self.d_expert
     )
-    checks.check_dtypes(
+    checks.check_dtype_fields(
       "SMoEMLP", dtype=self.dtype, param_dtype=self.param_dtype
     )
     checks.check_mesh_axes("SMoEMLP", self.mesh_axes)

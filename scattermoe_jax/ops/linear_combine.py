@@ -52,7 +52,7 @@ def linear_combine(
 
   Raises:
     ValueError: if shapes disagree.
-    TypeError: if dtypes do, or what should be an array or a routing is none.
+    TypeError: if dtypes do, or what should be an array or a routing is not one.
     NotImplementedError: if the named implementation cannot run it.
 
   Residuals: x (S, n), gates (T, k), w and the ids of `routing`. The expanded

@@ -49,7 +49,7 @@ def parallel_linear(
 
   Raises:
     ValueError: if shapes disagree.
-    TypeError: if dtypes do, or what should be an array or a routing is none.
+    TypeError: if dtypes do, or what should be an array or a routing is not one.
     NotImplementedError: if the named implementation cannot run it.
 
   Residuals: x and w as given, and the ids of `routing`.

@@ -107,7 +107,7 @@ def context_mesh(function: str, mesh: Any = None) -> Any:
   """Returns `mesh`, else that of `jax.set_mesh`, else None.
 
   Raises:
-    TypeError: if `mesh` is none.
+    TypeError: if `mesh` is not one.
   """
   if not isinstance(mesh, Mesh | AbstractMesh | None):
     raise TypeError(

@@ -58,7 +58,7 @@ def parallel_linear(
     ValueError: if shapes disagree, the mesh lacks an axis, an axis does not
       divide what it splits, or an option is unknown or asks for grouped order.
     TypeError: if dtypes disagree, or what should be an array, axes or a mesh
-      is none.
+      is not one.
   """
   name = "parallel_linear"
   mesh = context_mesh(name, mesh)

@@ -65,7 +65,7 @@ def smoe_mlp(
     ValueError: if shapes disagree, the mesh lacks an axis, or an axis does not
       divide what it splits.
     TypeError: if dtypes disagree, or what should be an array, axes or a mesh
-      is none.
+      is not one.
     NotImplementedError: if the platform lacks `axes.exchange`.
   """
   mesh = context_mesh("smoe_mlp", mesh)
