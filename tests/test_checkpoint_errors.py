@@ -253,16 +253,23 @@ def _with_adapters(params):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda v: v["params"], "has no 'embed/embedding'; .* \\['params'\\]"),
-    (lambda v: v | {"seen": {"x": jnp.zeros(3)}}, "model has no 'seen/x'"),
+    (lambda v: v["params"],
+     "'embed/embedding' is in no collection; pass {'params': params}"),
+    (lambda v: v | {"seen": {"x": jnp.zeros(3)}},
+     "model has no 'seen/x'; it has the collections \\['params'\\]"),
+    (lambda v: v | {"intermediates": {"x": (jnp.zeros(3), jnp.zeros(2))}},
+     "model has no 'intermediates/x'"),
     (lambda v: {"params": _with_adapters(v["params"])},
      "'params/layer_0/ffn/experts/lora/w_gate_up/a' belongs to an adapter"),
     (lambda v: {"params": sharding.split_gate(v["params"])},
-     r"has shape \(5, 32, 2, 24\); the config's model has \(5, 32, 48\)"),
+     r"has shape \(5, 32, 2, 24\); the config's model has \(5, 32, 48\); join "
+     r"what a mesh splits: sharding.join_gate\(variables\)\."),
+    (lambda v: {"params": {**v["params"], "embed": {"embedding": jnp.ones(9)}}},
+     r"has shape \(9,\); the config's model has \(\d+, 32\)\.$"),
     (lambda v: {"params": {**v["params"], "layer_1": {}}},
      "variables lack 'params/layer_1/"),
   ],
-  ids=["params", "collection", "adapters", "mesh", "layer"],
+  ids=["params", "seen", "sown", "adapters", "mesh", "shape", "layer"],
 )  # fmt: skip
 def test_what_would_not_load_is_not_saved(family, change, message, tmp_path):
   config = config_from_entries(FAMILY_ENTRIES["mixtral"], "config.json")
@@ -272,12 +279,15 @@ def test_what_would_not_load_is_not_saved(family, change, message, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def family_params(family):
+  config = config_from_entries(FAMILY_ENTRIES[family], "config.json")
+  return random_variables(config)["params"]
+
+
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
 def test_adapters_of_another_shape_are_refused(family, tmp_path):
   """One sentence with the file and the tensor."""
-  params = random_variables(
-    config_from_entries(FAMILY_ENTRIES[family], "config.json")
-  )["params"]
+  params = family_params(family)
   adapters = lora.init_adapters(jax.random.key(0), params, rank=3)
   checkpoints.save_adapters(tmp_path / "a", adapters, family=family)
   wider = jax.tree.map(
@@ -288,3 +298,30 @@ def test_adapters_of_another_shape_are_refused(family, tmp_path):
     match=r"adapter_model.safetensors: tensor '.*lora_A.weight' has shape",
   ):
     checkpoints.load_adapters(tmp_path / "a", wider, family=family)
+
+
+def test_adapter_folders_that_do_not_fit_are_refused(tmp_path):
+  params = family_params("mixtral")
+  adapters = lora.init_adapters(jax.random.key(0), params, rank=3)
+  folder = tmp_path / "a"
+  checkpoints.save_adapters(folder, adapters, family="mixtral")
+  other = {**params, "layer_1": family_params("qwen3_moe")["layer_1"]}
+  with pytest.raises(
+    checkpoints.CheckpointError, match="holds tensor .*adapts no expert weight"
+  ):
+    checkpoints.load_adapters(folder, other, family="mixtral")
+  entries = json.loads((folder / "adapter_config.json").read_text())
+  for change, message in (
+    ({"use_dora": True}, "use_dora = True is not supported"),
+    ({"peft_type": "IA3"}, "'IA3' is not supported"),
+  ):
+    (folder / "adapter_config.json").write_text(json.dumps(entries | change))
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+      checkpoints.load_adapters(folder, params, family="mixtral")
+  with pytest.raises(checkpoints.CheckpointError, match="already exists"):
+    checkpoints.save_adapters(folder, adapters, family="mixtral")
+  stacked = jax.tree.map(lambda leaf: leaf[None], adapters)
+  with pytest.raises(
+    checkpoints.CheckpointError, match=r"w_gate_up' has A of shape \(1, 5, 32"
+  ):
+    checkpoints.save_adapters(tmp_path / "b", stacked, family="mixtral")

@@ -1,5 +1,6 @@
 """Adapters of experts: the same as merged weights, and PEFT's folders."""
 
+import functools
 import json
 
 import jax
@@ -237,10 +238,55 @@ def test_one_name_of_a_weight_is_enough():
   assert {path[-2] for path in flatten_dict(adapters)} == {"w_out"}
 
 
+def test_kernels_of_other_layers_are_left_alone():
+  shapes = {"conv": (3, 3, 8, 8), "q": (4, 8, 8), "dense": (8, 8)}
+  params = {name: {"kernel": jnp.zeros(s)} for name, s in shapes.items()}
+  adapters = lora.init_adapters(
+    jax.random.key(0), params, rank=2, targets=("kernel",)
+  )
+  assert adapters.keys() == {"q"}
+
+
 def test_stacked_layers_want_a_word():
   w = {"w_out": jnp.zeros((3, E, N, D))}
   with pytest.raises(ValueError, match="'w_out' of .* pass stacked_axes = 1"):
     lora.init_adapters(jax.random.key(0), w, rank=2)
+
+
+@pytest.mark.parametrize(
+  ("name", "num_experts"), [("experts", E), ("experts", 3), ("ffn", E)]
+)
+def test_layers_in_part_stacked_are_adapted_in_parts(name, num_experts):
+  params = {
+    "all": {name: {"w_out": jnp.zeros((3, num_experts, N, D))}},
+    "one": {name: {"w_out": jnp.zeros((num_experts, N, D))}},
+  }
+  init = functools.partial(lora.init_adapters, jax.random.key(0), rank=2)
+  with pytest.raises(
+    ValueError, match=f"'one/{name}/w_out' of .* fewer .* a call of its own"
+  ):
+    init(params, stacked_axes=1)
+  parts = init({"all": params["all"]}, stacked_axes=1)
+  parts |= init({"one": params["one"]})
+  assert lora.with_adapters(params, parts).keys() == params.keys()
+
+
+def test_boxes_of_parameters_stay_those_of_adapters_go():
+  box = functools.partial(nn.Partitioned, names=("expert", None, None))
+  plain = {"experts": {"w_out": normal(E, N, D)}, "norm": normal(D)}
+  params = {**plain, "experts": {"w_out": box(plain["experts"]["w_out"])}}
+  adapters = some_adapters(params)
+  boxed_adapters = jax.tree.map(box, adapters)
+  expected, _ = lora.merge(plain, adapters)
+  same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+  for some in (adapters, boxed_adapters):
+    merged, remainder = lora.merge(params, some)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    same(nn.unbox(merged), expected)
+    same(lora.unmerge(merged, remainder), params)
+    beside = lora.with_adapters(params, some)["experts"]
+    assert beside["w_out"].names == ("expert", None, None)
+    same({"experts": {"lora": beside["lora"]}}, adapters)
 
 
 @pytest.mark.parametrize("function", [lora.with_adapters, lora.merge])
@@ -255,13 +301,15 @@ def test_stacked_layers_want_a_word():
     ("experts/lora/w_out", ((E, N, 2), (E, 3, D)), "its adapter"),
     ("experts/lora/w_out", ((E, N, 2),), "a' is no half of an adapter"),
     ("experts/w_out", ((E, N, 2), (E, 2, D)), "a' is no half of an adapter"),
+    ("experts/lora/w_out", (None, (E, 2, D)), "'experts/lora/w_out/a' is None"),
+    ("experts/lora/w_out", ((E, N, 2), None), "'experts/lora/w_out/b' is None"),
   ],
-  ids=["name", "place", "shape", "rank", "half", "weight"],
+  ids=["name", "place", "shape", "rank", "half", "weight", "no-a", "no-b"],
 )  # fmt: skip
 def test_adapters_of_another_model_are_refused(function, path, shapes, message):
   params = {"experts": {"w_out": normal(E, N, D)}, "norm": normal(D)}
   names = [f"{path}/{name}" for name in "ab"[: len(shapes)]]
-  leaves = {n: normal(*s) for n, s in zip(names, shapes, strict=True)}
+  leaves = {n: s and normal(*s) for n, s in zip(names, shapes, strict=True)}
   with pytest.raises(ValueError, match=f"{function.__name__}: .*{message}"):
     function(params, unflatten_dict(leaves, sep="/"))
 
@@ -348,30 +396,3 @@ def test_factors_of_other_programs_are_understood(tmp_path):
   assert (
     loaded["layer_1"]["ffn"]["experts"]["lora"]["w_gate_up"]["a"].shape[2] == R
   )
-
-
-def test_adapter_folders_that_do_not_fit_are_refused(tmp_path):
-  params = family_params("mixtral")
-  adapters = some_adapters(params)
-  folder = tmp_path / "a"
-  checkpoints.save_adapters(folder, adapters, family="mixtral")
-  other = {**params, "layer_1": family_params("qwen3_moe")["layer_1"]}
-  with pytest.raises(
-    checkpoints.CheckpointError, match="holds tensor .*adapts no expert weight"
-  ):
-    checkpoints.load_adapters(folder, other, family="mixtral")
-  entries = json.loads((folder / "adapter_config.json").read_text())
-  for change, message in (
-    ({"use_dora": True}, "use_dora = True is not supported"),
-    ({"peft_type": "IA3"}, "'IA3' is not supported"),
-  ):
-    (folder / "adapter_config.json").write_text(json.dumps(entries | change))
-    with pytest.raises(checkpoints.CheckpointError, match=message):
-      checkpoints.load_adapters(folder, params, family="mixtral")
-  with pytest.raises(checkpoints.CheckpointError, match="already exists"):
-    checkpoints.save_adapters(folder, adapters, family="mixtral")
-  stacked = jax.tree.map(lambda leaf: leaf[None], adapters)
-  with pytest.raises(
-    checkpoints.CheckpointError, match=r"w_gate_up' has A of shape \(1, 5, 32"
-  ):
-    checkpoints.save_adapters(tmp_path / "b", stacked, family="mixtral")

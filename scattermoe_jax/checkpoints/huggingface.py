@@ -7,6 +7,7 @@ Shapes and names are all checked before any weight is read or written.
 
 import dataclasses
 import functools
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -176,9 +177,8 @@ def save(
   family = family or OWN_FAMILY
   entries = others | config_to_entries(config, family)
   arrays = flatten_dict(nn.unbox(variables), sep="/")
-  shapes = {path: tuple(array.shape) for path, array in arrays.items()}
-  _check_variables(shapes, _variable_shapes(config))
-  plan = make_plan(family, shapes)
+  _check_variables(arrays, _variable_shapes(config))
+  plan = make_plan(family, {path: np.shape(a) for path, a in arrays.items()})
   with new_folder(directory) as partial:
     write_tensors(
       partial,
@@ -217,31 +217,41 @@ def _to_write(
 
 
 def _check_variables(
-  shapes: Mapping[str, tuple[int, ...]],
+  arrays: Mapping[str, Any],
   expected: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
   """Raises CheckpointError if `load` would refuse what is to be saved."""
-  for path, shape in shapes.items():
+  # Names before shapes: what is not the model's may be no array (`sow`).
+  for path in arrays:
     if "/lora/" in path:
       raise CheckpointError(
         f"save: {path!r} belongs to an adapter; merge it into its weight "
         "(nn.lora.merge), or write adapters apart (save_adapters)."
+      )
+    if f"params/{path}" in expected:
+      raise CheckpointError(
+        f"save: {path!r} is in no collection; pass {{'params': params}} for "
+        "parameters alone."
       )
     if path not in expected:
       raise CheckpointError(
         f"save: the config's model has no {path!r}; it has the collections "
         f"{sorted({name.partition('/')[0] for name in expected})}."
       )
-    if shape != expected[path].shape:
-      raise CheckpointError(
-        f"save: {path!r} has shape {shape}; the config's model has "
-        f"{expected[path].shape}, also on a mesh (sharding.join_gate)."
-      )
-  for path in expected:
-    if path not in shapes:
+  for path, leaf in expected.items():
+    if path not in arrays:
       raise CheckpointError(
         f"save: the variables lack {path!r}, which the config's model has."
       )
+    shape = np.shape(arrays[path])
+    if shape == leaf.shape:
+      continue
+    is_split = (*shape[:-2], math.prod(shape[-2:])) == leaf.shape
+    join = "join what a mesh splits: sharding.join_gate(variables)"
+    raise CheckpointError(
+      f"save: {path!r} has shape {shape}; the config's model has {leaf.shape}"
+      f"{f'; {join}' if is_split else ''}."
+    )
 
 
 def _variable_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

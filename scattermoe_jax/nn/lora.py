@@ -18,7 +18,7 @@ Source: LoRA (Hu et al., 2021, arXiv 2106.09685), section 4.1.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -67,11 +67,12 @@ def init_adapters(
     axes, in the dtype of the weight.
 
   Raises:
-    ValueError: if a name is that of no such weight, or the rank is below 1.
+    ValueError: if a name is that of no such weight, some experts' weights have
+      another number of axes, or the rank is below 1.
   """
   if rank < 1:
     raise ValueError(f"init_adapters: rank must be at least 1, got {rank}.")
-  weights = _targeted(params, targets, 3 + stacked_axes)
+  weights = _targeted(params, targets, stacked_axes)
   init_a = jax.nn.initializers.lecun_normal(
     batch_axis=tuple(range(1 + stacked_axes))
   )
@@ -88,12 +89,15 @@ def init_adapters(
 def with_adapters(params: Tree, adapters: Tree) -> Tree:
   """Returns the parameters with adapters beside the weights, those frozen.
 
+  Boxes (`nn.Partitioned`) stay around weights, not around adapters.
+
   Raises:
     ValueError: if an adapter is of no weight that there is, or does not fit it.
   """
   _pairs("with_adapters", params, adapters)
   frozen = flatten_dict(lax.stop_gradient(params))
-  return unflatten_dict(frozen | flatten_dict(adapters))
+  # Modules take adapters from the tree as they are, and boxes are no arrays.
+  return unflatten_dict(frozen | flatten_dict(nn.unbox(adapters)))
 
 
 def merge(params: Tree, adapters: Tree) -> tuple[Tree, Tree]:
@@ -104,19 +108,20 @@ def merge(params: Tree, adapters: Tree) -> tuple[Tree, Tree]:
     adapters: of some of them.
 
   Returns:
-    Parameters for a model without adapters; and, for `unmerge`, the bits in
-    which the adapted weights differ from the old, as large as they are. (The
-    rounding of W + A B forgets bits of W, so that subtracting A B again would
-    not give W.)
+    Parameters for a model without adapters, in the boxes that they had; and,
+    for `unmerge`, the bits in which the adapted weights differ from the old, as
+    large as they are. (The rounding of W + A B forgets bits of W, so that
+    subtracting A B again would not give W.)
 
   Raises:
     ValueError: if an adapter is of no weight that there is, or does not fit it.
   """
   merged, remainder = flatten_dict(params), {}
   for path, (a, b) in _pairs("merge", params, adapters).items():
-    w = merged[path]
-    merged[path] = _add_product(w, a, b)
-    remainder[path] = _bits(w) ^ _bits(merged[path])
+    w = nn.unbox(merged[path])
+    w_merged = _add_product(w, a, b)
+    merged[path] = nn.meta.replace_boxed(merged[path], w_merged)
+    remainder[path] = _bits(w) ^ _bits(w_merged)
   return unflatten_dict(merged), unflatten_dict(remainder)
 
 
@@ -124,8 +129,9 @@ def unmerge(merged: Tree, remainder: Tree) -> Tree:
   """Returns the parameters before `merge`, bit for bit."""
   params = flatten_dict(merged)
   for path, bits in flatten_dict(remainder).items():
-    w = params[path]
-    params[path] = lax.bitcast_convert_type(_bits(w) ^ bits, w.dtype)
+    w = nn.unbox(params[path])
+    w_before = lax.bitcast_convert_type(_bits(w) ^ bits, w.dtype)
+    params[path] = nn.meta.replace_boxed(params[path], w_before)
   return unflatten_dict(params)
 
 
@@ -266,20 +272,31 @@ def adapted_linear_combine(
 
 
 def _targeted(
-  params: Tree, targets: str | Sequence[str], num_axes: int
+  params: Tree, targets: str | Sequence[str], stacked_axes: int
 ) -> dict[Path, Array]:
   """Returns the weights to adapt, or says which name is that of none."""
+  num_axes = 3 + stacked_axes
   targets = (targets,) if isinstance(targets, str) else tuple(targets)
   flat = flatten_dict(nn.unbox(params))
   named = {path: w for path, w in flat.items() if path[-1] in targets}
+  weights = {path: w for path, w in named.items() if w.ndim == num_axes}
+  stacks = {w.shape[:stacked_axes] for w in weights.values()}
   for path, w in named.items():
+    if path[-1] not in EXPERT_WEIGHTS:  # A "kernel" may be that of any layer.
+      continue
     if w.ndim > num_axes:
       raise ValueError(
         f"init_adapters: {'/'.join(path)!r} of shape {w.shape} has more than "
         f"{num_axes} axes; pass stacked_axes = {w.ndim - 3} if it stacks "
         "layers, sharding.join_gate(params) if a mesh splits its gate."
       )
-  weights = {path: w for path, w in named.items() if w.ndim == num_axes}
+    if stacks and _is_less_stacked(path, w, stacks):
+      raise ValueError(
+        f"init_adapters: {'/'.join(path)!r} of shape {w.shape} has fewer than "
+        f"{num_axes} axes, other weights of experts have as many; make the "
+        "adapters of each part of the parameters by a call of its own, with "
+        "its stacked_axes."
+      )
   found = {path[-1] for path in weights}
   # A gated layer has w_gate_up, another one w_in: each model lacks a name.
   unknown = sorted({*targets} - found - {*EXPERT_WEIGHTS})
@@ -292,12 +309,32 @@ def _targeted(
   return weights
 
 
+def _is_less_stacked(
+  path: Path, w: Array, stacks: Collection[tuple[int, ...]]
+) -> bool:
+  """Returns whether w is of experts, in fewer stacked axes than others.
+
+  (L, d, n) may also stack the dense MLPs of the same layers: L tells, and the
+  name that `SMoEBlock` gives its experts, should E be L.
+  """
+  (stacked_axes,) = {len(stack) for stack in stacks}
+  if not 3 <= w.ndim < 3 + stacked_axes:
+    return False
+  return path[-2:-1] == ("experts",) or w.shape[:stacked_axes] not in stacks
+
+
 def _pairs(
   function: str, params: Tree, adapters: Tree
 ) -> dict[Path, tuple[Array, Array]]:
   """Returns (A, B) by the path of the weight, each found to fit one."""
-  weights, flat = flatten_dict(nn.unbox(params)), flatten_dict(adapters)
+  weights, flat = map(flatten_dict, nn.unbox((params, adapters)))
   pairs: dict[Path, tuple[Array, Array]] = {}
+  for path, leaf in flat.items():
+    if leaf is None:
+      raise ValueError(
+        f"{function}: {'/'.join(path)!r} is None; leave out the whole adapter "
+        "of a weight that has none."
+      )
   for path in flat:
     weight = (*path[:-3], path[-2]) if path[-3:-2] == ("lora",) else path
     a, b = (flat.get((*path[:-1], name)) for name in "ab")
