@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import scattermoe_jax as sm
 from scattermoe_jax._compat import Device
 from scattermoe_jax.kernels import Columns, Problem, mosaic, tuning, xla
 from scattermoe_jax.kernels.config import TileConfig
+from scattermoe_jax.kernels.mosaic import lowering
 from scattermoe_jax.kernels.mosaic.lowering import lowers
 from scattermoe_jax.kernels.schedule import window_schedule
 from scattermoe_jax.ops.activations import Activation, get_activation
@@ -330,7 +332,13 @@ def all_that_lowers(z):
   value = jnp.where(z > 0, jnp.tanh(-z), jnp.exp(z) - narrow)
   value = jnp.where(z < 1, value, jnp.where(z >= 2, jnp.minimum(z, 6), value))
   slope = jnp.where(z <= 3, jax.nn.sigmoid(z), jnp.ones_like(z))
-  return value, jnp.maximum(slope, 0) * z / (1 + z * z)
+  slope = jnp.maximum(slope, 0) * z / (1 + z * z)
+  size = lax.clamp(0.0, jnp.abs(z) + jnp.square(z), 6.0)
+  roots = jnp.sqrt(size) * lax.rsqrt(size + 1) + jnp.log(size + 1)
+  waves = jnp.sin(z) + jnp.cos(z) + jnp.exp2(z) * jnp.sign(z) + z**3
+  _, tanh_slope = jax.jvp(jnp.tanh, (z,), (jnp.ones_like(z),))
+  value += jnp.where((z == 0) & (size < 1), roots, waves)
+  return value, slope + tanh_slope
 
 
 LOWERED = {
@@ -497,7 +505,11 @@ def test_all_tiles_that_are_valid_lower(op):
   assert found > 1
 
 
+@needs_mosaic
 def test_activations_are_fused_by_what_they_are_made_of():
+  block = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+  jaxpr = jax.make_jaxpr(all_that_lowers)(block).jaxpr
+  assert lowering._primitives(jaxpr) == lowering._LOWERED
   assert lowers(all_that_lowers)
   assert not lowers(softplus_and_slope)
 

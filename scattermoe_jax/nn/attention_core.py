@@ -196,7 +196,9 @@ def attend(
         mask=mask,
         scale=scale,
         is_causal=is_causal,
-        local_window_size=None if window is None else (window - 1, 0),
+        local_window_size=cast(
+          Any, None if window is None else (window - 1, 0)
+        ),
         implementation=cast(Any, implementation),
       )
   return y, cache
