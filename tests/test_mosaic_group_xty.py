@@ -721,8 +721,14 @@ def test_rows_behind_32_gib_are_gathered_on_gpu():
     is_after = jnp.arange(rows) >= before
     return jnp.broadcast_to(is_after.astype(jnp.bfloat16)[:, None], (rows, d))
 
-  x, y = ones_after_zeros(), jnp.ones((rows, 64), jnp.bfloat16)
+  y = jnp.ones((rows, 64), jnp.bfloat16)
   routing = route(jnp.zeros((rows, 1), jnp.int32), 1)
+  try:
+    x = jax.block_until_ready(ones_after_zeros())
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    pytest.skip("other processes, or tests before, hold the 32 GiB it needs")
   got = group_xty(x, y, routing, y_grouped=True)
   np.testing.assert_array_equal(np.asarray(got, np.float32), rows - before)
 
