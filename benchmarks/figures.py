@@ -237,7 +237,7 @@ def _legend(figure) -> None:
     found.values(),
     found,
     loc="outside lower center",
-    ncols=4,
+    ncols=5,
     frameon=False,
     fontsize=8,
   )

@@ -42,11 +42,12 @@ in their shapes alone are written as one. How many times faster one is than
 another was read within one run; times beside it may be of another, on another
 card of that name. Under a table stands the widest spread of its times: how far
 apart the 20th and the 80th percentile of a time's samples are, as a part of
-their median. Columns "of ..." are fractions of what they name, of its
-speed, its bytes or its time; "times faster" are factors, which above 1 speak
-for this library. What is empty was not measured, or not in the same run.
-Pictures of speed and memory are of the H200. [kernels.md](kernels.md) says
-which records are of kernels that have changed since, and how peers were run.
+their median. Columns "of ..." are fractions of what they name, of its speed,
+its bytes or its time; "times faster" are factors, which above 1 speak for this
+library. What is empty was not measured, or not in the same run. Pictures say of
+which card they are: of two, the one where more peers ran.
+[kernels.md](kernels.md) says which records are of kernels that have changed
+since, and how peers were run.
 """
 
 
@@ -190,13 +191,16 @@ def write_readme(path: pathlib.Path = _ROOT / "README.md") -> None:
 
 
 def pictured(bench: str) -> list[Record]:
-  """Returns the records that a picture is of.
+  """Returns the records that a picture is of: the H200's, or of more peers.
 
   None of `bench_mlp` unless a peer is among them.
   """
-  records = load("h200", bench)
-  there = {r["implementation"] for r in records}
-  return records if bench != "bench_mlp" or there & {*PEERS} else []
+
+  def num_peers(records: Sequence[Record]) -> int:
+    return sum(r["implementation"] in PEERS for r in records)
+
+  records = max((load(card, bench) for card in ("h200", "h100")), key=num_peers)
+  return records if bench != "bench_mlp" or num_peers(records) else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

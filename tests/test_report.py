@@ -311,6 +311,14 @@ def test_triton_table_says_how_much_faster_than_scattermoe():
   assert row.endswith("| 0.75 |  |")
 
 
+def test_a_picture_is_of_the_card_where_more_peers_ran(monkeypatch):
+  cards = {"h200": layer_records(["C1"]), "h100": layer_records(["C1", "C2"])}
+  monkeypatch.setattr(report, "load", lambda device, bench: cards[device])
+  assert report.pictured("bench_mlp") == cards["h100"]
+  cards["h100"] = layer_records(["C2"])
+  assert report.pictured("bench_mlp") == cards["h200"]
+
+
 def test_no_picture_of_a_layer_alone(monkeypatch):
   records = layer_records(["C1"])
   monkeypatch.setattr(report, "load", lambda device, bench: records)
