@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -319,7 +320,9 @@ def test_split_gate_is_undone_by_join_gate():
   experts = {"w_gate_up": normal(0, 2, 3, 8), "bias_in": normal(1, 2, 8)}
   plain = {"w_in": normal(2, 2, 3, 4), "bias_in": normal(3, 2, 4)}
   params = {"layer_0": {"experts": experts}, "layer_1": {"experts": plain}}
+  params["shared"] = {"w_gate_up": normal(4, 3, 8)}
   split = sharding.split_gate(params)
+  assert split["shared"]["w_gate_up"].shape == (3, 8)
   # The same numbers: the gate half is the first of the new axis.
   view = split["layer_0"]["experts"]["w_gate_up"]
   np.testing.assert_array_equal(view[:, :, 0], experts["w_gate_up"][..., :4])
@@ -327,6 +330,24 @@ def test_split_gate_is_undone_by_join_gate():
   assert split["layer_1"]["experts"]["bias_in"].shape == (2, 4)
   jax.tree.map(np.testing.assert_array_equal, sharding.join_gate(split), params)
   jax.tree.map(np.testing.assert_array_equal, sharding.split_gate(split), split)
+
+
+def test_gates_of_stacked_layers_are_split_and_joined():
+  experts = {"w_gate_up": normal(0, 5, 2, 3, 8), "bias_in": normal(1, 5, 2, 8)}
+  split = sharding.split_gate(experts)
+  assert split["w_gate_up"].shape == (5, 2, 3, 2, 4)
+  assert split["bias_in"].shape == (5, 2, 2, 4)
+  joined = sharding.join_gate(split)
+  for tree, same in ((joined, experts), (sharding.join_gate(joined), experts)):
+    jax.tree.map(np.testing.assert_array_equal, tree, same)
+
+
+@pytest.mark.parametrize("convert", [sharding.split_gate, sharding.join_gate])
+def test_gates_in_boxes_are_refused(convert):
+  box = nn.Partitioned(normal(0, 2, 3, 8), ("expert", None, "tensor"))
+  message = "experts/w_gate_up is boxed, .* pass flax.linen.meta.unbox"
+  with pytest.raises(ValueError, match=message):
+    convert({"experts": {"w_gate_up": box}})
 
 
 def split_tokens(x):

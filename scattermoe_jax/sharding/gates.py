@@ -5,26 +5,32 @@ Viewed as (E, d, 2, n), every block of n does: the same numbers in the same
 order, so either view is free on one device.
 """
 
-import math
 from typing import Any
 
 import jax
 
 _GATED, _BIAS = "w_gate_up", "bias_in"
-# Dimensions where the gate has no axis of its own.
-_JOINED_NDIM = {_GATED: 3, _BIAS: 2}
 
 
 def split_gate(tree: Any) -> Any:
   """Returns `tree` with every `w_gate_up` as (E, d, 2, n).
 
-  And every `bias_in` beside one as (E, 2, n). What is so already stays.
+  And every `bias_in` beside one as (E, 2, n). What is so already stays, and so
+  does a `DenseMLP`'s (d, 2n). Expert layers stacked by `nn.scan` have a further
+  dimension in front; stacked dense ones look like experts: leave them out.
 
   Args:
     tree: parameters, as Flax modules name them, or anything that holds such
       trees: a train state with its optimizer's moments, or its shapes.
+
+  Raises:
+    ValueError: if they are boxed.
   """
-  return _view(tree, lambda shape: (*shape[:-1], 2, shape[-1] // 2), 0)
+
+  def split(shape, is_split):
+    return shape if is_split else (*shape[:-1], 2, shape[-1] // 2)
+
+  return _view("split_gate", tree, split)
 
 
 def join_gate(tree: Any) -> Any:
@@ -33,20 +39,33 @@ def join_gate(tree: Any) -> Any:
   The inverse of `split_gate`, and what modules without `mesh_axes`, and
   checkpoints of other programs, expect.
   """
-  return _view(tree, lambda shape: (*shape[:-2], math.prod(shape[-2:])), 1)
+
+  def join(shape, is_split):
+    return (*shape[:-2], 2 * shape[-1]) if is_split else shape
+
+  return _view("join_gate", tree, join)
 
 
-def _view(tree, new_shape, extra_dims):
+def _view(function, tree, new_shape):
   leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
   named = [(tuple(map(_name, path)), leaf) for path, leaf in leaves]
-  gated = {path[:-1] for path, _ in named if path and path[-1] == _GATED}
+  for path, _ in named:
+    if path[-2:] == (_GATED, "value"):
+      raise ValueError(
+        f"{function}: {'/'.join(map(str, path[:-1]))} is boxed, with names for "
+        "the dimensions that it has; pass flax.linen.meta.unbox of the tree."
+      )
+  # A bias has the view of the weight beside it. A dense MLP's has no experts.
+  is_split = {
+    path[:-1]: len(leaf.shape) > 3 and leaf.shape[-2] == 2
+    for path, leaf in named
+    if path and path[-1] == _GATED and len(leaf.shape) > 2
+  }
 
   def view(path, leaf):
-    if not path or path[:-1] not in gated or path[-1] not in _JOINED_NDIM:
+    if not path or path[:-1] not in is_split or path[-1] not in (_GATED, _BIAS):
       return leaf
-    if len(leaf.shape) != _JOINED_NDIM[path[-1]] + extra_dims:
-      return leaf
-    shape = new_shape(leaf.shape)
+    shape = new_shape(leaf.shape, is_split[path[:-1]])
     if isinstance(leaf, jax.ShapeDtypeStruct):
       return jax.ShapeDtypeStruct(shape, leaf.dtype)
     return leaf.reshape(shape)
