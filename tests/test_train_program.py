@@ -240,7 +240,7 @@ def test_resume_refuses_another_config_data_or_process(
   ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_wrong_input_is_said_and_nothing_is_written(
-  flags, message, text, capsys, tmp_path
+  flags, message, text, capsys, tmp_path, unchecked
 ):
   out = tmp_path / "run"
   code, said = run(capsys, "--data", text, "--out", out, *TINY, *flags)
