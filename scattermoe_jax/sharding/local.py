@@ -126,8 +126,9 @@ def _whole(array: Array, mesh: Any) -> Array:
   if jax.sharding.AxisType.Explicit in mesh.axis_types:
     return jax.sharding.reshard(array, spec)
   whole = jax.sharding.NamedSharding(mesh, spec)
-  # Outside `jax.jit` only what lies on the mesh already can be constrained.
-  return jax.jit(lambda a: lax.with_sharding_constraint(a, whole))(array)
+  # Outside `jax.jit` only what lies on the mesh already can be constrained. Of
+  # one function, so that each call is not compiled anew.
+  return jax.jit(lax.with_sharding_constraint, static_argnums=1)(array, whole)
 
 
 def here_or_nowhere(
