@@ -83,8 +83,8 @@ def assert_equal(got, want, tolerance):
   for name in want:
     a, b = np.asarray(got[name]), np.asarray(want[name])
     assert a.shape == b.shape, name
-    scale = np.max(np.abs(b))
-    error = np.max(np.abs(a - b))
+    scale = np.max(np.abs(b), initial=0)
+    error = np.max(np.abs(a - b), initial=0)
     assert error <= tolerance * scale, f"{name}: {error:.2e} of {scale:.2e}"
 
 
