@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from scattermoe_jax.models.transformer import ModelMetrics, Transformer
 from scattermoe_jax.nn import update_selection_bias
+from scattermoe_jax.nn.checks import check_positive
 
 # A tree of arrays.
 Tree = Any
@@ -65,11 +66,9 @@ class TrainConfig:
         raise ValueError(
           f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}."
         )
-    for name in ("learning_rate", "clip_norm"):
-      if not getattr(self, name) > 0:
-        raise ValueError(
-          f"TrainConfig: {name} must be above 0, got {getattr(self, name)}."
-        )
+    check_positive(
+      "TrainConfig", learning_rate=self.learning_rate, clip_norm=self.clip_norm
+    )
     if self.batch_size % self.accumulate:
       raise ValueError(
         f"TrainConfig: accumulate = {self.accumulate} must divide batch_size = "

@@ -119,7 +119,7 @@ def check_ids(
       )
 
 
-def check_rows(function: str, name: str, rows: Any) -> None:
+def check_expert_rows(function: str, name: str, rows: Any) -> None:
   """Raises unless they are floats (T, E)."""
   advice = f"flatten batch and sequence: {name}.reshape(-1, E)"
   check_shape(function, name, rows, ("T", "E"), advice)
@@ -128,7 +128,7 @@ def check_rows(function: str, name: str, rows: Any) -> None:
 
 def check_top_k(function: str, logits: Any, k: int) -> None:
   """Raises unless logits are (T, E) and k lies in [1, E]."""
-  check_rows(function, "logits", logits)
+  check_expert_rows(function, "logits", logits)
   check_ints(function, k=k)
   check_at_most(function, "k", k, "E", logits.shape[1])
 

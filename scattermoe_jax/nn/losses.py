@@ -31,7 +31,7 @@ def load_balancing_loss(
   transformers' load_balancing_loss_func writes it.
   """
   name = "load_balancing_loss"
-  checks.check_rows(name, "probs", probs)
+  checks.check_expert_rows(name, "probs", probs)
   shape = probs.shape[1:]
   checks.check_shape(name, "tokens_per_expert", tokens_per_expert, shape)
   checks.check_mask(name, mask, probs.shape[:1])
@@ -44,7 +44,7 @@ def mean_probs(
   probs: Float[Array, "T E"], *, mask: Bool[Array, " T"] | None = None
 ) -> Float[Array, " E"]:
   """Returns P_e, the mean over the tokens that count; zeros if none does."""
-  checks.check_rows("mean_probs", "probs", probs)
+  checks.check_expert_rows("mean_probs", "probs", probs)
   checks.check_mask("mean_probs", mask, probs.shape[:1])
   if mask is not None:
     probs = jnp.where(mask[:, None], probs, jnp.zeros_like(probs))
@@ -62,7 +62,7 @@ def router_z_loss(
 
   Source: ST-MoE (Zoph et al., 2022, arXiv 2202.08906), equation 5.
   """
-  checks.check_rows("router_z_loss", "logits", logits)
+  checks.check_expert_rows("router_z_loss", "logits", logits)
   checks.check_mask("router_z_loss", mask, logits.shape[:1])
   squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
   if mask is not None:
