@@ -353,8 +353,9 @@ def test_fused_forms_are_accurate(name, case, dtype, activation, gated):
 
 
 @pytest.mark.optimised
+@pytest.mark.parametrize("num_chunks, at_once", [(1, True), (2, False)])
 @pytest.mark.parametrize(("name", "case", "dtype"), RUNS)
-def test_group_xty_and_sum_is_both(name, case, dtype):
+def test_group_xty_and_sum_is_both(name, case, dtype, num_chunks, at_once):
   backend = load(name)
   skip_if_refused(backend, case, dtype)
   arrays, options = operands(case, dtype), options_for(dtype)
@@ -367,7 +368,14 @@ def test_group_xty_and_sum_is_both(name, case, dtype):
     here = routing.expert_ids < case.num_experts
     rows = jnp.where(here[:, None], rows, 0)
     both = backend.group_xty_and_sum(
-      x, y, rows, routing, y_grouped=True, **options
+      x,
+      y,
+      lambda _, columns: rows if columns is None else columns.of(rows, 1),
+      routing,
+      num_chunks=num_chunks,
+      at_once=at_once,
+      y_grouped=True,
+      **options,
     )
     return *both, backend.group_xty(x, y, routing, y_grouped=True, **options)
 

@@ -516,20 +516,46 @@ def test_activations_are_fused_by_what_they_are_made_of():
 
 @needs_mosaic
 @pytest.mark.parametrize(
-  "case, num_chunks, copies",
+  "case, num_chunks, copies, at_once",
   [
-    ("many_experts", 4, 0),
-    ("gpt_oss_width", 5, 0),
+    ("many_experts", 4, 0, True),
+    ("many_experts", 2, 0, False),
+    ("gpt_oss_width", 5, 0, False),
     # A slice that is no whole number of tiles is copied, in both directions.
-    ("float16_odd_width", 3, 2),
+    ("float16_odd_width", 3, 2, False),
   ],
 )
-def test_a_step_in_chunks_copies_no_weights(case, num_chunks, copies):
+def test_a_step_in_chunks_copies_no_weights(case, num_chunks, copies, at_once):
   text = lowered_step(case, jax.value_and_grad, num_chunks=num_chunks)
   assert text.count("stablehlo.dynamic_slice") == copies
-  # One kernel serves all slices of down, and one all of dx.
+  # One kernel serves all slices of down, and one all of dx. Those that sum dx
+  # beside dw_in write it where it belongs; the first of them makes it.
+  assert text.count(KERNEL) == 6 + at_once
+  updates = (2 - at_once) * num_chunks
+  assert text.count("stablehlo.dynamic_update_slice") == updates
+
+
+@needs_mosaic
+@pytest.mark.parametrize("case", ["mapped", "scanned", "double precision"])
+def test_a_step_in_chunks_lowers_within(case, request):
+  if case == "double precision":
+    request.getfixturevalue("x64")
+
+  def transformed(loss, argnums):
+    def layers(*args):
+      body = jax.checkpoint(lambda total, _: (total + loss(*args), None))
+      return lax.scan(body, jnp.float32(0), None, length=2)[0]
+
+    gradients = jax.grad(layers if case == "scanned" else loss, argnums)
+    if case == "mapped":
+      return lambda *args: jax.vmap(gradients)(
+        *(jnp.broadcast_to(arg, (2, *arg.shape)) for arg in args)
+      )
+    return gradients
+
+  text = lowered_step("many_experts", transformed, num_chunks=4)
+  # up, dgrad of down, dw_out, dx; dw_in with the first slice, and with others.
   assert text.count(KERNEL) == 6
-  assert text.count("stablehlo.dynamic_update_slice") == 2 * num_chunks
 
 
 @needs_mosaic

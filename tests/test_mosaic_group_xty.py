@@ -30,14 +30,14 @@ if reason := mosaic.missing_feature():
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from scattermoe_jax.kernels.mosaic import choice_sums, xty_tiles
+from scattermoe_jax.kernels.mosaic import choice_sums, xty_plan, xty_tiles
 from scattermoe_jax.kernels.mosaic.grouped_xty import (
   group_xty,
   group_xty_and_sum,
 )
 from scattermoe_jax.kernels.mosaic.tickets import RING
+from scattermoe_jax.kernels.mosaic.xty_plan import make_plan
 from scattermoe_jax.kernels.mosaic.xty_tiles import (
-  make_plan,
   part_at,
   parts_of_groups,
   tile_at,
@@ -69,16 +69,17 @@ class InterpretedOps:
     pass
 
   @staticmethod
-  def sum_share(plan, worker, smem, first_byte, rows, places, out):
+  def sum_share(plan, worker, smem, first_byte, rows, places, out, slice_index):
     del smem, first_byte  # Rows pass no shared memory here.
     workers = plan.blocks * plan.warpgroups
+    columns = pl.ds(slice_index * plan.width, plan.width)
 
     def sum_token(i, _):
       token = worker + i * workers
       total = jnp.zeros((plan.width,), jnp.float32)
       for j in range(plan.top_k):
         total += rows[places[token, j], :].astype(jnp.float32)
-      out[token, :] = total.astype(plan.dtype)
+      out[token, columns] = total.astype(plan.dtype)
 
     lax.fori_loop(
       0, pl.cdiv(plan.num_tokens - worker, workers), sum_token, None
@@ -244,8 +245,8 @@ def test_group_xty_refuses_tiles_that_would_wait_for_themselves():
 
 
 def cut_to_steps(monkeypatch):
-  monkeypatch.setattr(xty_tiles, "_part_rows", lambda *_: ROWS)
-  monkeypatch.setattr(xty_tiles, "_LEAST_ROWS", ROWS)
+  monkeypatch.setattr(xty_plan, "_part_rows", lambda *_: ROWS)
+  monkeypatch.setattr(xty_plan, "LEAST_ROWS", ROWS)
 
 
 @ends_before_a_barrier
@@ -284,19 +285,34 @@ def sum_beside_every_product(monkeypatch):
   monkeypatch.setattr(choice_sums, "_PRODUCTS_PER_SUM", 1)
 
 
-@pytest.mark.parametrize("num_sms", [4, 3, 1])
+def slices_of(rows):
+  """Returns what makes slices of columns: copies of those of `rows`."""
+  return lambda _, columns: rows if columns is None else columns.of(rows, 1)
+
+
+# All four experts at once, two by two, in three shares of which two are short,
+# and in more shares than there are experts.
+@pytest.mark.parametrize(
+  "num_sms, num_chunks", [(4, 1), (3, 1), (1, 1), (4, 2), (3, 3), (4, 8)]
+)
 @pytest.mark.parametrize("x_grouped", [False, True])
 def test_blocks_that_sum_first_multiply_what_is_left(
-  monkeypatch, x_grouped, num_sms
+  monkeypatch, x_grouped, num_sms, num_chunks
 ):
   sum_beside_every_product(monkeypatch)
   layout = dict(x_grouped=x_grouped, y_grouped=not x_grouped)
-  x, y = operands(*layout.values(), *((64, 256) if x_grouped else (256, 64)))
-  rows = operands(True, True, 64, 64, seed=1)[0]
+  d, n = (48 if num_chunks == 3 else 64, 256) if x_grouped else (384, 64)
+  x, y = operands(*layout.values(), d, n)
+  rows = operands(True, True, d, n, seed=1)[0]
   routing = route(jnp.asarray(IDS), EXPERTS)
   blocks = (64, 128) if x_grouped else (128, 64)
   config = TileConfig(*blocks, num_stages=3, num_sms=num_sms)
-  options = dict(config=config, product=group_xty_and_sum, races=True)
+
+  def both(x, y, rows, routing, **options):
+    options |= dict(num_chunks=num_chunks)
+    return group_xty_and_sum(x, y, slices_of(rows), routing, **options)
+
+  options = dict(config=config, product=both, races=True)
   xty, sums = interpreted(x, y, rows, routing, **options, **layout)
   truth = oracle.group_xty(x, y, IDS, EXPERTS, **layout)
   assert_accurate(xty, truth, xla.group_xty(x, y, routing, **layout))
@@ -317,8 +333,8 @@ def summing(**changes):
     (changes.pop("num_rows", 262144), changes.pop("width", 4096)),
     changes.pop("dtype", "bfloat16"),
   )
-  top_k = changes.pop("top_k", 8)
-  return choice_sums.plan_sum(rows, top_k, **problem | changes)
+  top_k, num_slices = changes.pop("top_k", 8), changes.pop("num_slices", 1)
+  return choice_sums.plan_sum(rows, top_k, num_slices, **problem | changes)
 
 
 def test_a_sum_takes_the_share_of_blocks_that_ends_before_the_product():
@@ -338,6 +354,7 @@ def test_a_sum_takes_the_share_of_blocks_that_ends_before_the_product():
     dict(width=4092),  # No whole chunks.
     dict(dtype="float32"),  # Chunks are of 16 bits a number.
     dict(num_rows=2**21, products=2**52),  # More than 32 bits count.
+    dict(num_slices=64),  # More than 32 bits count in what is stored.
   ],
 )
 def test_a_sum_that_would_not_end_in_time_is_made_alone(changes):
@@ -411,11 +428,11 @@ def test_parts_cover_each_group_once_longest_first(seed, y_by_tma):
 @pytest.mark.parametrize("least", [ROWS, 1024])
 @pytest.mark.parametrize("fair", [64, 1088, 4096])
 def test_no_part_of_a_cut_group_is_without_rows(monkeypatch, fair, least):
-  monkeypatch.setattr(xty_tiles, "_LEAST_ROWS", least)
+  monkeypatch.setattr(xty_plan, "LEAST_ROWS", least)
   sizes = jnp.arange(1, 40000, 7)
-  plan = xty_tiles.Plan(
-    left=xty_tiles.Side(128, 128, True, 1, False),
-    right=xty_tiles.Side(64, 64, False, 1, True),
+  plan = xty_plan.Plan(
+    left=xty_plan.Side(128, 128, True, 1, False),
+    right=xty_plan.Side(64, 64, False, 1, True),
     transposed=False,
     num_experts=sizes.shape[0],
     dtype=jnp.bfloat16,
@@ -514,8 +531,9 @@ def test_group_xty_lowers_without_a_gpu(case):
   assert ("xf32>" in results) == case.startswith("in_parts")
 
 
+@pytest.mark.parametrize("num_chunks", [1, 4])
 @pytest.mark.parametrize("k", [8, 16, 6])
-def test_a_sum_beside_group_xty_lowers_without_a_gpu(k):
+def test_a_sum_beside_group_xty_lowers_without_a_gpu(k, num_chunks):
   num_tokens, num_experts, d, n = 4096, 128, 4096, 2048
   array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
   x, y = array(num_tokens, d), array(num_tokens * k, n)
@@ -523,18 +541,40 @@ def test_a_sum_beside_group_xty_lowers_without_a_gpu(k):
   ids = jax.ShapeDtypeStruct((num_tokens, k), jnp.int32)
 
   def both(x, y, rows, ids):
-    routing = route(ids, num_experts)
-    return mosaic.group_xty_and_sum(x, y, rows, routing, y_grouped=True)
+    routing, options = route(ids, num_experts), dict(y_grouped=True)
+    options |= dict(num_chunks=num_chunks, at_once=True)
+    return mosaic.group_xty_and_sum(x, y, slices_of(rows), routing, **options)
 
   with h200():
     traced = jax.jit(both).trace(x, y, rows, ids)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  [call] = [line for line in text.splitlines() if "call @mosaic_gpu" in line]
-  assert f"tensor<{num_tokens}x{d}xbf16>" in call.rpartition("->")[2]
+  first, *others = [
+    line for line in text.splitlines() if "call @mosaic_gpu" in line
+  ]
+  # One more kernel serves all slices but the first, and writes what that made.
+  assert len(others) == (num_chunks > 1)
+  for call in (first, *others):
+    assert f"tensor<{num_tokens}x{d}xbf16>" in call.rpartition("->")[2]
+    # Besides the counter of tiles.
+    assert call.count("output_operand_alias<") == 1 + 2 * (call in others)
 
 
-@pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,)])
-def test_a_layer_sums_dx_beside_dw_in_if_both_are_wanted(wanted):
+@pytest.mark.parametrize(
+  "wanted, num_chunks, together",
+  [
+    ((0, 1), 1, 1),
+    ((0,), 1, 0),
+    ((1,), 1, 0),
+    # A slice of rows has twice the size of dw_in, the same, or a half.
+    ((0, 1), 2, 2),
+    ((0, 1), 4, 2),
+    ((0, 1), 8, 2),
+    ((1,), 4, 0),
+  ],
+)
+def test_a_layer_sums_dx_beside_dw_in_if_both_are_wanted(
+  wanted, num_chunks, together
+):
   num_tokens, k, num_experts, d, n = 32768, 16, 256, 4096, 256
   array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
   ids = jax.ShapeDtypeStruct((num_tokens, k), jnp.int32)
@@ -542,7 +582,8 @@ def test_a_layer_sums_dx_beside_dw_in_if_both_are_wanted(wanted):
   def loss(x, w_in, w_out, ids):
     gates = jnp.ones((num_tokens, k))
     routing = route(ids, num_experts)
-    y = smoe_mlp(x, gates, routing, w_in, w_out, implementation="mosaic")
+    options = dict(num_chunks=num_chunks, implementation="mosaic")
+    y = smoe_mlp(x, gates, routing, w_in, w_out, **options)
     return jnp.sum(y.astype(jnp.float32))
 
   with h200():
@@ -559,8 +600,8 @@ def test_a_layer_sums_dx_beside_dw_in_if_both_are_wanted(wanted):
     for line in text.splitlines()
     if "call @mosaic_gpu" in line
   ]
-  together = [made for made in results if dw_in in made and dx in made]
-  assert len(together) == (wanted == (0, 1))
+  at_once = [made for made in results if dw_in in made and dx in made]
+  assert len(at_once) == together
 
 
 def test_group_xty_is_mapped_one_member_after_the_other():
@@ -657,11 +698,14 @@ SUMMED_CASES = {
 
 @pytest.mark.gpu
 @pytest.mark.timeout(200)  # Ends a deadlock.
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize(
+  "num_chunks, in_parts",
+  [(1, False), (1, True), (2, False), (5, False), (32, False)],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", SUMMED_CASES)
 def test_a_sum_beside_group_xty_on_gpu_changes_no_bit(
-  monkeypatch, case, dtype, in_parts
+  monkeypatch, case, dtype, in_parts, num_chunks
 ):
   sum_beside_every_product(monkeypatch)
   if in_parts:
@@ -671,7 +715,12 @@ def test_a_sum_beside_group_xty_on_gpu_changes_no_bit(
   x, y = operands(False, True, d, n, ids, dtype)
   rows = operands(True, True, d, n, ids, dtype, seed=1)[0]
   alone = jax.jit(lambda *args: group_xty(*args, y_grouped=True))
-  both = jax.jit(lambda *args: group_xty_and_sum(*args, y_grouped=True))
+  options = dict(num_chunks=num_chunks, y_grouped=True)
+  both = jax.jit(
+    lambda x, y, rows, routing: group_xty_and_sum(
+      x, y, slices_of(rows), routing, **options
+    )
+  )
   expected = alone(x, y, routing), jax.jit(sum_choices)(rows, routing)
   for _ in range(5):
     poison_memory()

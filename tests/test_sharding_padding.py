@@ -1,6 +1,5 @@
 """Tokens that the devices do not divide, and what a model does around them."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -25,11 +25,13 @@ A backend is a module with the functions below. None of them is differentiable;
       da' = dy w^T; dgates = <da', a>; dh = (gates * da') dact/dh;
       weighted_a = gates * a. All in grouped rows, w as the forward stores it.
 
-  group_xty_and_sum(x, y, rows, routing, *, x_grouped, y_grouped, precision)
-      -> (xty, sums)
+  group_xty_and_sum(x, y, rows_of, routing, *, num_chunks, at_once, x_grouped,
+                    y_grouped, precision) -> (xty, sums)
       xty = group_xty(x, y); sums[t] = sum_j rows[grouped row of choice j of t],
-      (T, w), those of no group too: they must be zero. Neither needs the other:
-      one kernel may wait for memory and for the tensor core at once.
+      (T, d), those of no group too: they must be zero. rows = rows_of(y, None),
+      or slice after slice: rows_of(y, columns). Neither needs the other: one
+      kernel may wait for memory and for the tensor core at once, if `at_once`;
+      else xty is made last, when no rows are left.
 
 Rows: a scattered operand has S rows, or T rows of which the k choices of a
 token share one; a grouped operand has S rows. Outputs of rows have S. Rows of
@@ -39,7 +41,7 @@ Source: ScatterMoE (Tan et al., 2024), scatter2scatter and groupXtY; SonicMoE
 (Guo et al., 2025, arXiv 2512.14080), algorithm 3, for `down_projection_grad`.
 """
 
-from scattermoe_jax.kernels.composed import sum_choices
+from scattermoe_jax.kernels.composed import by_columns, sum_choices
 from scattermoe_jax.kernels.contract import (
   IMPLEMENTATIONS,
   Columns,
@@ -54,6 +56,7 @@ __all__ = [
   "Columns",
   "Problem",
   "accumulator_dtype",
+  "by_columns",
   "choose_backend",
   "report",
   "sum_choices",

@@ -7,12 +7,17 @@ fused kernels must equal.
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from scattermoe_jax.kernels.contract import accumulator_dtype
+from scattermoe_jax._compat import vary_over, varying_axes
+from scattermoe_jax.kernels.contract import Columns, accumulator_dtype
 from scattermoe_jax.routing import Routing, take_rows
+
+# Returns the slice `columns` of S grouped rows, all of it if None.
+RowsOf = Callable[[Float[Array, "S _"], Columns | None], Float[Array, "S _"]]
 
 
 def up_projection(
@@ -75,14 +80,68 @@ def group_xty_and_sum(
   group_xty: Callable[..., Array],
   x: Float[Array, "rows_x d"],
   y: Float[Array, "rows_y n"],
-  rows: Float[Array, "S w"],
+  rows_of: RowsOf,
   routing: Routing,
+  *,
+  num_chunks: int = 1,
+  at_once: bool = False,
+  unroll: bool = True,
   **options: Any,
-) -> tuple[Float[Array, "E d n"], Float[Array, "T w"]]:
+) -> tuple[Float[Array, "E d n"], Float[Array, "T d"]]:
   """Returns (xty, sums): `group_xty`, and `sum_choices` of grouped rows."""
+  del at_once
+
+  def summed(y, columns):
+    return sum_choices(rows_of(y, columns), routing)
+
+  width = x.shape[1]
+  sums = by_columns(summed, y, width, num_chunks, unroll=unroll)
   # One after the other, so that the rows are gone before the product is there.
-  sums, y = lax.optimization_barrier((sum_choices(rows, routing), y))
+  sums, y = lax.optimization_barrier((sums, y))
   return group_xty(x, y, routing, **options), sums
+
+
+def by_columns(
+  make: Callable[[Array, Columns | None], Array],
+  rows: Float[Array, "S _"],
+  width: int,
+  num_chunks: int,
+  *,
+  unroll: bool = True,
+) -> Float[Array, "T _"]:
+  """Returns `make(rows, columns)` of all columns, slice after slice.
+
+  Each slice waits for the one before, so that what it needs is held once.
+
+  Args:
+    make: returns the slice `columns`, all of them if None.
+    rows: what it is made of.
+    width: of all slices together.
+    num_chunks: slices.
+    unroll: not to loop. In a loop a kernel's schedule would be made anew in
+      every turn, and sums be stored two bytes at a time, at columns that the
+      compiler does not know. What is no kernel makes copies, though, and those
+      heed no barrier.
+  """
+  if num_chunks == 1:
+    return make(rows, None)
+  slice_width = width // num_chunks
+
+  @jax.jit  # Lowered once, for all slices.
+  def one_slice(rows, index):
+    return make(rows, Columns(index, slice_width))
+
+  def fill(index, carry):
+    rows, out = carry
+    columns, start = one_slice(rows, index), index * slice_width
+    out = lax.dynamic_update_slice_in_dim(out, columns, start, axis=1)
+    return lax.optimization_barrier((rows, out))
+
+  like = jax.eval_shape(one_slice, rows, 0)
+  # Every column is written: zeros here would be a pass over memory for nothing.
+  out = lax.empty((like.shape[0], width), like.dtype)
+  out = vary_over(out, varying_axes(rows, like))
+  return lax.fori_loop(0, num_chunks, fill, (rows, out), unroll=unroll)[1]
 
 
 def sum_choices(

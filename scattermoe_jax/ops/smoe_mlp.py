@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,12 +13,11 @@ from jax.custom_derivatives import custom_vjp_primal_tree_values
 from jax.tree_util import register_static
 from jaxtyping import Array, Float
 
-from scattermoe_jax._compat import vary_over, varying_axes
+from scattermoe_jax._compat import varying_axes
 from scattermoe_jax.kernels import (
-  Columns,
   accumulator_dtype,
+  by_columns,
   choose_backend,
-  sum_choices,
   xla,
 )
 from scattermoe_jax.ops import checks
@@ -62,7 +60,8 @@ def smoe_mlp(
     activation: a name in `ACTIVATIONS`, or an `Activation`.
     num_chunks: in how many slices of its d columns the expanded (S, d) array
       is made and summed, once forward and once backward: the peak of memory
-      falls, the products stay the same.
+      falls, the products stay the same. From four on dx is still summed beside
+      dw_in, for the memory of a slice, where without slices it would be.
     precision: of the products, as `jax.lax.dot_general` takes it.
     implementation: "mosaic", "triton" or "xla"; None for the first that can.
 
@@ -173,7 +172,8 @@ def _forward(
     )
     return weigh_choices(y_rows, gates, routing)
 
-  return _by_columns(backend, combined, a, x, num_chunks), h
+  y = by_columns(combined, a, x.shape[1], num_chunks, unroll=backend is not xla)
+  return y, h
 
 
 def _fwd(static, *primals):
@@ -211,7 +211,7 @@ def _bwd(static, residuals, dy):
   )
   dw_out, dh = lax.optimization_barrier((dw_out, dh))
 
-  def rows_of_dx(dh, columns=None):
+  def rows_of_dx(dh, columns):
     return backend.scatter2scatter(
       dh,
       w_in,
@@ -223,24 +223,25 @@ def _bwd(static, residuals, dy):
       precision=precision,
     )
 
-  # By one kernel, of which XLA can drop neither: so only where both are wanted;
-  # where rows of dx outgrow dw_in, since smaller ones would have its memory
-  # first; and not on a mesh, where rows may be of other devices' experts, and
-  # the product too short to sum all of them beside it.
+  # Made at once XLA can drop neither: so only where both are wanted. And not on
+  # a mesh, where rows may be of other devices' experts, and the product too
+  # short to sum all of them beside it.
   both_wanted = differentiated.x and differentiated.w_in
-  outgrow = routing.num_rows * x.shape[1] > w_in.size
   on_mesh = varying_axes(x, routing)
-  if num_chunks == 1 and both_wanted and outgrow and not on_mesh:
-    dw_in, dx = backend.group_xty_and_sum(
-      x, dh, rows_of_dx(dh), routing, y_grouped=True, precision=precision
-    )
-  else:
-    summed = lambda dh, columns: sum_choices(rows_of_dx(dh, columns), routing)
-    dx = _by_columns(backend, summed, dh, x, num_chunks)
-    dx, dh = lax.optimization_barrier((dx, dh))
-    dw_in = backend.group_xty(
-      x, dh, routing, y_grouped=True, precision=precision
-    )
+  dw_in, dx = backend.group_xty_and_sum(
+    x,
+    dh,
+    rows_of_dx,
+    routing,
+    num_chunks=num_chunks,
+    at_once=(
+      both_wanted
+      and not on_mesh
+      and _outgrow(routing.num_rows * x.shape[1], w_in.size, num_chunks)
+    ),
+    y_grouped=True,
+    precision=precision,
+  )
   dbias_in = dbias_out = None
   if bias_in is not None:
     dbias_in = bias_grad(
@@ -263,38 +264,14 @@ def _bwd(static, residuals, dy):
 _smoe_mlp.defvjp(_fwd, _bwd, symbolic_zeros=True)
 
 
-def _by_columns(
-  backend: ModuleType,
-  multiply: Callable[[Array, Columns | None], Array],
-  rows: Float[Array, "S _"],
-  like: Float[Array, "T d"],
-  num_chunks: int,
-) -> Float[Array, "T d"]:
-  """Returns `multiply(rows, columns)` of all d columns, slice after slice.
+def _outgrow(rows: int, dw: int, num_chunks: int) -> bool:
+  """Returns whether rows may be there while dw is, both in numbers.
 
-  Each slice waits for the one before, so that what it needs is held once.
+  Rows that are gone before have the memory of dw, if they fit. A slice that
+  would have fitted is an addition, from four on of at most a quarter of what
+  slices save.
   """
-  if num_chunks == 1:
-    return multiply(rows, None)
-  width = like.shape[1] // num_chunks
-
-  @jax.jit  # Lowered once, for all slices.
-  def one_slice(rows, index):
-    return multiply(rows, Columns(index, width))
-
-  def fill(index, carry):
-    rows, out = carry
-    columns, start = one_slice(rows, index), index * width
-    out = lax.dynamic_update_slice_in_dim(out, columns, start, axis=1)
-    return lax.optimization_barrier((rows, out))
-
-  # Every column is written: zeros here would be a pass over memory for nothing.
-  out = vary_over(lax.empty(like.shape, like.dtype), varying_axes(rows, like))
-  # In a loop a kernel's schedule would be made anew in every turn, and sums be
-  # stored two bytes at a time, at columns that the compiler does not know. What
-  # is no kernel makes copies, though, and those heed no barrier.
-  unroll = backend is not xla
-  return lax.fori_loop(0, num_chunks, fill, (rows, out), unroll=unroll)[1]
+  return rows > dw and (rows > num_chunks * dw or num_chunks >= 4)
 
 
 def _weighted_bias_grad(backend, dy, row_gates, routing, precision):

@@ -303,21 +303,26 @@ def group_xty(
 def group_xty_and_sum(
   x: Float[Array, "rows_x d"],
   y: Float[Array, "rows_y n"],
-  rows: Float[Array, "S w"],
+  rows_of: composed.RowsOf,
   routing: Routing,
   *,
+  num_chunks: int = 1,
+  at_once: bool = False,
   x_grouped: bool = False,
   y_grouped: bool = False,
   precision=None,
   config: TileConfig | None = None,
-) -> tuple[Float[Array, "E d n"], Float[Array, "T w"]]:
-  """Returns `group_xty`, and the sum of each token's k rows of `rows`.
+) -> tuple[Float[Array, "E d n"], Float[Array, "T d"]]:
+  """Returns `group_xty`, and the sum of each token's k rows.
 
   Args:
-    x: see `group_xty`, as all but `rows`.
+    x: see `group_xty`, as all but these.
     y: see there.
-    rows: (S, w) in grouped order; zero where they are of no group.
+    rows_of: of y and a slice of the d columns, that slice of what is summed, in
+      grouped order; zero where rows are of no group.
     routing: see there.
+    num_chunks: in how many slices the rows are made.
+    at_once: whether by one kernel, if that is faster.
     x_grouped: see there.
     y_grouped: see there.
     precision: see there.
@@ -327,12 +332,18 @@ def group_xty_and_sum(
 
   del precision
   options: dict[str, Any] = dict(
-    x_grouped=x_grouped, y_grouped=y_grouped, config=config
+    num_chunks=num_chunks,
+    x_grouped=x_grouped,
+    y_grouped=y_grouped,
+    config=config,
   )
-  both = grouped_xty.group_xty_and_sum(x, y, rows, routing, **options)
-  if both is not None:
-    return both
-  return composed.group_xty_and_sum(group_xty, x, y, rows, routing, **options)
+  if at_once:
+    both = grouped_xty.group_xty_and_sum(x, y, rows_of, routing, **options)
+    if both is not None:
+      return both
+  return composed.group_xty_and_sum(
+    group_xty, x, y, rows_of, routing, **options
+  )
 
 
 def _fuses(routing: Routing, activation, width: int, multiple: int) -> bool:

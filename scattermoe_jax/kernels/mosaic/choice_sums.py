@@ -46,6 +46,7 @@ class SumPlan(NamedTuple):
     num_tokens: T.
     top_k: k.
     width: columns of a row, a multiple of 8.
+    num_slices: how many such widths a row of the sums has.
     dtype: of the rows and of their sums.
     blocks: how many blocks sum, the first ones.
     warpgroups: of each block.
@@ -55,6 +56,7 @@ class SumPlan(NamedTuple):
   num_tokens: int
   top_k: int
   width: int
+  num_slices: int
   dtype: jnp.dtype
   blocks: int
   warpgroups: int
@@ -63,11 +65,12 @@ class SumPlan(NamedTuple):
   @property
   def out_type(self) -> jax.ShapeDtypeStruct:
     """The type of the sums."""
-    return jax.ShapeDtypeStruct((self.num_tokens, self.width), self.dtype)
+    shape = (self.num_tokens, self.num_slices * self.width)
+    return jax.ShapeDtypeStruct(shape, self.dtype)
 
   @property
   def num_chunks(self) -> int:
-    """Chunks of 8 columns of all tokens."""
+    """Chunks of 8 columns of all tokens that are summed."""
     return self.num_tokens * self.chunks_of_row
 
   @property
@@ -79,6 +82,7 @@ class SumPlan(NamedTuple):
 def plan_sum(
   rows,
   top_k: int,
+  num_slices: int = 1,
   *,
   products: int,
   num_tiles: int,
@@ -91,6 +95,7 @@ def plan_sum(
   Args:
     rows: (S, width), one for each choice.
     top_k: k.
+    num_slices: how many such arrays are summed, one after the other.
     products: pairs of numbers that are multiplied.
     num_tiles: tiles of the product.
     num_blocks: blocks that multiply them.
@@ -108,16 +113,23 @@ def plan_sum(
     or groups < 2
     or width % lt.CHUNK
     or rows.dtype.itemsize != 2
-    or rows.size // lt.CHUNK >= _MOST_CHUNKS
+    or rows.size * max(1, num_slices / top_k) / lt.CHUNK >= _MOST_CHUNKS
   ):
     return None
   return SumPlan(
-    num_rows // top_k, top_k, width, rows.dtype, blocks, warpgroups, groups
+    num_rows // top_k,
+    top_k,
+    width,
+    num_slices,
+    rows.dtype,
+    blocks,
+    warpgroups,
+    groups,
   )
 
 
 def sum_share(
-  plan: SumPlan, worker, smem, first_byte, rows, places, out
+  plan: SumPlan, worker, smem, first_byte, rows, places, out, slice_index
 ) -> None:
   """Sums this warpgroup's share of all chunks.
 
@@ -128,7 +140,8 @@ def sum_share(
     first_byte: of the warpgroup's part of the ring.
     rows: (S, width) in global memory.
     places: (T, k), the row of each choice.
-    out: (T, width) in global memory.
+    out: (T, num_slices width) in global memory.
+    slice_index: which of these slices is summed.
   """
   workers = plan.blocks * plan.warpgroups
   turns = lt.cdiv(lt.cdiv(plan.num_chunks, lt.WARPGROUP) - worker, workers)
@@ -149,7 +162,7 @@ def sum_share(
   def sum_chunks(turn, found):
     # Places are a turn ahead of copies, and copies `groups` of the sum.
     soon = _look_up(plan, places, first_chunk(turn + plan.groups + 1))
-    _sum(plan, smem, slots(turn), out, first_chunk(turn))
+    _sum(plan, smem, slots(turn), out, slice_index, first_chunk(turn))
     copy(turn + plan.groups, found)
     return soon
 
@@ -216,19 +229,29 @@ def _copy(plan: SumPlan, smem, slots, rows, found, first_chunk) -> None:
   copy(smem, lt.int32(slots), rows, found, lt.int32(first_chunk))
 
 
-def _sum(plan: SumPlan, smem, slots, out, first_chunk) -> None:
+def _sum(plan: SumPlan, smem, slots, out, slice_index, first_chunk) -> None:
   """Stores the sum of this thread's slots, once they are filled."""
 
   @plgpu.inline_mgpu(
     arg_types=(
-      plgpu.RefType(lt.OPERAND), lt.SCALAR, plgpu.RefType(), lt.SCALAR
+      plgpu.RefType(lt.OPERAND),
+      lt.SCALAR,
+      plgpu.RefType(),
+      lt.SCALAR,
+      lt.SCALAR,
     )
-  )  # fmt: skip
-  def add_up(_, smem, slots, out, first_chunk):
+  )
+  def add_up(_, smem, slots, out, slice_index, first_chunk):
     narrow_type = ir.MemRefType(out.type).element_type
     narrow = ir.VectorType.get((lt.CHUNK,), narrow_type)
     wide = ir.VectorType.get((lt.CHUNK,), ir.F32Type.get())
-    place, _, _ = _my_chunk(plan, first_chunk)
+    place, token, _ = _my_chunk(plan, first_chunk)
+    if plan.num_slices > 1:
+      # As many chunks of other slices for each token before, and for this one.
+      others = arith.muli(token, lt.const(plan.num_slices - 1))
+      others = arith.addi(others, lt.scalar(slice_index))
+      others = arith.muli(others, lt.const(plan.chunks_of_row))
+      place = arith.addi(place, others)
     source = _my_slots(smem, slots)
     nvvm.cp_async_wait_group(plan.groups - 1)
     chunks = [
@@ -242,7 +265,9 @@ def _sum(plan: SumPlan, smem, slots, out, first_chunk) -> None:
     llvm.store(arith.truncf(narrow, total), target, alignment=16)
     return ()
 
-  add_up(smem, lt.int32(slots), out, lt.int32(first_chunk))
+  add_up(
+    smem, lt.int32(slots), out, lt.int32(slice_index), lt.int32(first_chunk)
+  )
 
 
 def _my_chunk(plan: SumPlan, first_chunk) -> tuple[ir.Value, ...]:

@@ -21,6 +21,7 @@ right's rows into both: half the bytes from L2.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,19 +34,21 @@ from jaxtyping import Array, Float
 from scattermoe_jax._compat import current_device, vary_over, varying_axes
 from scattermoe_jax.kernels import tuning
 from scattermoe_jax.kernels.config import TileConfig
-from scattermoe_jax.kernels.contract import Problem
+from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.mosaic import clusters, tickets, warpgroup_ops
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic.partial_sums import PartialSums, workspace
 from scattermoe_jax.kernels.mosaic.pieces import store_between
 from scattermoe_jax.kernels.mosaic.xty_loader import load_tiles
-from scattermoe_jax.kernels.mosaic.xty_tiles import (
+from scattermoe_jax.kernels.mosaic.xty_plan import (
   LEFT_EACH,
   MULTIPLIERS,
   Plan,
+  make_plan,
+)
+from scattermoe_jax.kernels.mosaic.xty_tiles import (
   Tile,
   columns,
-  make_plan,
   parts_of_groups,
   tile_at,
 )
@@ -90,26 +93,52 @@ def group_xty(
 def group_xty_and_sum(
   x: Float[Array, "rows_x d"],
   y: Float[Array, "rows_y n"],
-  rows: Float[Array, "S w"],
+  rows_of: Callable[[Array, Columns | None], Float[Array, "S _"]],
   routing: Routing,
   *,
+  num_chunks: int = 1,
   x_grouped: bool = False,
   y_grouped: bool = False,
   config: TileConfig | None = None,
   ops: Any = warpgroup_ops,
-) -> tuple[Float[Array, "E d n"], Float[Array, "T w"]] | None:
+) -> tuple[Float[Array, "E d n"], Float[Array, "T d"]] | None:
   """Returns `group_xty`, and the sum of each token's k rows, of one kernel.
 
-  None where it would take longer than two (`choice_sums`). `rows` are grouped;
-  all else is as of `group_xty`.
+  None where it would take longer than two (`choice_sums`).
+
+  In chunks, of so many launches, each sums a slice of columns beside its share
+  of the experts' products, and writes where the first did.
+
+  Args:
+    x: see `group_xty`.
+    y: see there.
+    rows_of: of y and a slice of the d columns, grouped rows, which are summed.
+    routing: see there.
+    num_chunks: slices of the columns.
+    x_grouped: see `group_xty`.
+    y_grouped: see there.
+    config: see there.
+    ops: see there.
   """
-  if 0 in (routing.num_rows, x.shape[1], y.shape[1], rows.shape[1]):
+  width = x.shape[1] // num_chunks
+  if 0 in (routing.num_rows, width, y.shape[1]):
     return None
   plan = _plan(x, y, routing, x_grouped, y_grouped, config)
-  plan = plan.with_sum(rows, routing)
+  rows_type = jax.ShapeDtypeStruct((routing.num_rows, width), x.dtype)
+  plan = plan.with_sum(rows_type, routing, num_chunks)
   if plan.sum_plan is None:
     return None
-  return tuple(_launch(x, y, rows, routing, plan=plan, ops=ops))
+  launch = functools.partial(_launch, plan=plan, ops=ops)
+  if num_chunks == 1:
+    return tuple(launch(x, y, rows_of(y, None), routing))
+  xty_and_sums = None
+  for i in range(num_chunks):
+    index = jnp.int32(i)
+    rows = rows_of(y, Columns(index, width))
+    made = launch(x, y, rows, routing, index, xty_and_sums)
+    # The next rows may have the memory of these.
+    xty_and_sums, y = lax.optimization_barrier((tuple(made), y))
+  return xty_and_sums
 
 
 def _plan(x, y, routing: Routing, x_grouped, y_grouped, config) -> Plan:
@@ -123,29 +152,43 @@ def _plan(x, y, routing: Routing, x_grouped, y_grouped, config) -> Plan:
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "ops"))
-def _launch(x, y, rows, routing: Routing, *, plan: Plan, ops: Any):
+def _launch(
+  x, y, rows, routing: Routing, index=None, made=None, *, plan: Plan, ops: Any
+):
+  """Returns xty, and sums if rows are given; of a slice, in `made` if given."""
   # Launches of one grid would draw tiles from one counter.
   run = functools.partial(_run, plan, ops)
-  return jax.custom_batching.sequential_vmap(run)(x, y, rows, routing)
+  run = jax.custom_batching.sequential_vmap(run)
+  return run(x, y, rows, routing, index, made)
 
 
-def _run(plan: Plan, ops, x, y, rows, routing: Routing) -> list[Array]:
+def _run(
+  plan: Plan, ops, x, y, rows, routing: Routing, index, made
+) -> list[Array]:
   left, right = (y, x) if plan.transposed else (x, y)
   shape = (routing.num_experts, x.shape[1], y.shape[1])
   outs = [jax.ShapeDtypeStruct(shape, x.dtype)]
-  summed: list[Array] = []
+  summed = None
   if plan.sum_plan is not None:
     outs.append(plan.sum_plan.out_type)
-    summed = [rows, routing.grouped_ids]
-  made = _kernel(plan, outs, ops)(
-    left, right, routing.scattered_ids, parts_of_groups(plan, routing), *summed
-  )
+    summed = rows, routing.grouped_ids, None if index is None else index[None]
+  parts = parts_of_groups(plan, routing, index)
+  operands = (left, right, routing.scattered_ids, parts, summed)
+  if made is not None:
+    refs = [jax.new_ref(array) for array in made]
+    _kernel(plan, [], ops)(*operands, *refs)
+    return [jax.freeze(ref) for ref in refs]
+  made = _kernel(plan, outs, ops)(*operands)
   # plgpu.kernel forgets over which mesh axes its results differ.
   return vary_over(made[: len(outs)], varying_axes(x, y, rows, routing))
 
 
 def _kernel(plan: Plan, outs: list[jax.ShapeDtypeStruct], ops):
-  """Returns the launch: (left, right, ids, parts, ...) -> [*outs, ...]."""
+  """Returns the launch: (left, right, ids, parts, summed) -> [*outs, ...].
+
+  Without outs it takes references to them as its last operands.
+  """
+  width = plan.left.width if plan.transposed else plan.right.width
   stages = plan.config.num_stages
   return plgpu.kernel(
     functools.partial(_body, plan, ops),
@@ -164,7 +207,7 @@ def _kernel(plan: Plan, outs: list[jax.ShapeDtypeStruct], ops):
       out_smem=plgpu.SMEM(
         (MULTIPLIERS, 2, LEFT_EACH, lt.COLUMNS),
         plan.dtype,
-        transforms=_store_transforms(outs[0].shape[2]),
+        transforms=_store_transforms(width),
       ),
       full=plgpu.Barrier(
         num_arrivals=1 + plan.left.by_tma + plan.right.by_tma,
@@ -191,27 +234,32 @@ def _store_transforms(width: int):
   return (plgpu.TilingTransform((8, cols)), *swizzle)
 
 
-def _body(plan, ops, left, right, ids, parts, *refs, **scratch):
+def _body(plan, ops, left, right, ids, parts, summed, out, *refs, **scratch):
   """One block: a loader and two multipliers, each walking the same tiles."""
   warpgroup = lax.axis_index("warpgroup")
-  if plan.sum_plan is None:
-    out, *of_parts = refs
-  else:
-    rows, places, out, sums, *of_parts = refs
+  sums, *of_parts = (None, *refs) if summed is None else refs
   partial_sums = PartialSums.of(plan, ops, of_parts, warpgroup)
   queue = tickets.Queue.of(plan.cluster, scratch)
 
   def sum_first(ring, first_byte):
     """Sums rows by way of a part of a ring, if this block is to."""
-    if plan.sum_plan is None:
+    if summed is None:
       return
+    rows, places, index = summed
     block = lax.axis_index("cluster") * plan.cluster + lax.axis_index("block")
 
     @pl.when(block < plan.sum_plan.blocks)
     def _():
       worker = block * (MULTIPLIERS + 1) + warpgroup
       ops.sum_share(
-        plan.sum_plan, worker, ring.at[0], first_byte, rows, places, sums
+        plan.sum_plan,
+        worker,
+        ring.at[0],
+        first_byte,
+        rows,
+        places,
+        sums,
+        0 if index is None else index[0],
       )
 
   @pl.when(warpgroup == MULTIPLIERS)

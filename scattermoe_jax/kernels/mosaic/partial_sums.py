@@ -18,12 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from scattermoe_jax.kernels.mosaic import layouts as lt
-from scattermoe_jax.kernels.mosaic.xty_tiles import (
-  LEFT_EACH,
-  MULTIPLIERS,
-  Plan,
-  Tile,
-)
+from scattermoe_jax.kernels.mosaic.xty_plan import LEFT_EACH, MULTIPLIERS, Plan
+from scattermoe_jax.kernels.mosaic.xty_tiles import Tile
 
 
 def workspace(plan: Plan) -> list[jax.ShapeDtypeStruct]:

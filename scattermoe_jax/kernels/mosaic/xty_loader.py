@@ -15,12 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from scattermoe_jax.kernels.mosaic import layouts as lt
 from scattermoe_jax.kernels.mosaic import tickets
 from scattermoe_jax.kernels.mosaic.warpgroup_ops import ROWS
-from scattermoe_jax.kernels.mosaic.xty_tiles import (
-  Plan,
-  Tile,
-  columns,
-  tile_at,
-)
+from scattermoe_jax.kernels.mosaic.xty_plan import Plan
+from scattermoe_jax.kernels.mosaic.xty_tiles import Tile, columns, tile_at
 
 
 def load_tiles(plan: Plan, ops, queue, parts, left, right, ids, scratch):
