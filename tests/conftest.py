@@ -42,6 +42,8 @@ _LONGEST = {
     "mesh",
     "models",
     "mosaic",
+    "mosaic_choice_sums",
+    "mosaic_group_xty",
     "nn_transforms",
     "notebooks",
     "parallel_linear",

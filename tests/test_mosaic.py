@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import scattermoe_jax as sm
 from scattermoe_jax._compat import Device
@@ -27,6 +26,7 @@ from scattermoe_jax.kernels.schedule import window_schedule
 from scattermoe_jax.ops.activations import Activation, get_activation
 from scattermoe_jax.routing import route
 from tests.accuracy import assert_accurate
+from tests.hopper import lowered
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0), 132)
 PROBLEM = Problem(4096, 8, 1024, 512, "bfloat16", H200)
@@ -360,14 +360,6 @@ LOWERED = {
 
 
 KERNEL = "custom_call @mosaic_gpu"
-
-
-def lowered(function, *args):
-  """Returns the text of a function lowered for an H200."""
-  device = AbstractDevice("NVIDIA H200", 132, "gpu")
-  with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-    traced = jax.jit(function).trace(*args)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def lowered_step(case, transform, *, layers=1, **options):

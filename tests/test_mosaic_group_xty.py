@@ -1,40 +1,30 @@
 """The Hopper weight gradient: interpreted here, lowered here, run on a GPU.
 
-The interpreter cannot run cp.async, so `InterpretedOps` stands in for
-`warpgroup_ops`; schedule, barriers, TMA copies, products and stores are the
-kernel's own. What the stand-in hides is checked by the tests marked gpu.
+What the interpreter's stand-in for cp.async hides (`tests.interpreted_xty`) is
+checked by the tests marked gpu.
 """
 
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from scattermoe_jax._compat import Device, current_device
-from scattermoe_jax.kernels import Problem, mosaic, sum_choices, tuning, xla
+from scattermoe_jax.kernels import Problem, mosaic, tuning, xla
 from scattermoe_jax.kernels.config import TileConfig
-from scattermoe_jax.ops import smoe_mlp
 from scattermoe_jax.routing import route
 from tests import oracle
 from tests.accuracy import assert_accurate
-from tests.conftest import poison_memory
+from tests.hopper import distinct_ids, distinct_or_nowhere, lowered
 
 if reason := mosaic.missing_feature():
   pytest.skip(reason, allow_module_level=True)
 
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
-
-from scattermoe_jax.kernels.mosaic import choice_sums, xty_plan, xty_tiles
-from scattermoe_jax.kernels.mosaic.grouped_xty import (
-  group_xty,
-  group_xty_and_sum,
-)
+from scattermoe_jax.kernels.mosaic import xty_plan, xty_tiles
+from scattermoe_jax.kernels.mosaic.grouped_xty import group_xty
 from scattermoe_jax.kernels.mosaic.tickets import RING
 from scattermoe_jax.kernels.mosaic.xty_plan import make_plan
 from scattermoe_jax.kernels.mosaic.xty_tiles import (
@@ -42,122 +32,20 @@ from scattermoe_jax.kernels.mosaic.xty_tiles import (
   parts_of_groups,
   tile_at,
 )
-
-ROWS = 64
+from tests.interpreted_xty import (
+  EXPERTS,
+  IDS,
+  ROWS,
+  cut_to_steps,
+  interpreted,
+  operands,
+)
 
 # A warpgroup that has read its last ticket does not wait for later ones.
 ends_before_a_barrier = pytest.mark.skipif(
   jax.__version_info__ < (0, 12),
   reason="this interpreter wants every phase of a barrier seen: use JAX 0.12",
 )
-
-
-class InterpretedOps:
-  """The functions of `warpgroup_ops`, as plain loads and stores."""
-
-  def __init__(self, num_blocks):
-    self.num_blocks = num_blocks
-
-  def new_counter(self):
-    return None
-
-  def increment(self, counter, ring, place, turn):
-    del counter
-    ring[place] = lax.axis_index("cluster") + turn * lax.axis_size("cluster")
-
-  def meet_cluster(self):
-    pass
-
-  @staticmethod
-  def sum_share(plan, worker, smem, first_byte, rows, places, out, slice_index):
-    del smem, first_byte  # Rows pass no shared memory here.
-    workers = plan.blocks * plan.warpgroups
-    columns = pl.ds(slice_index * plan.width, plan.width)
-
-    def sum_token(i, _):
-      token = worker + i * workers
-      total = jnp.zeros((plan.width,), jnp.float32)
-      for j in range(plan.top_k):
-        total += rows[places[token, j], :].astype(jnp.float32)
-      out[token, columns] = total.astype(plan.dtype)
-
-    lax.fori_loop(
-      0, pl.cdiv(plan.num_tokens - worker, workers), sum_token, None
-    )
-
-  def new_flags(self, count):
-    # One block: no part is waited for.
-    assert self.num_blocks == 1
-    return None
-
-  def signal(self, flags, i):
-    pass
-
-  def wait_for(self, flags, i):
-    pass
-
-  @staticmethod
-  def range_ids(window):
-    return window[0] + jnp.arange(ROWS, dtype=jnp.int32)
-
-  @staticmethod
-  def load_ids(ids, window):
-    # One slice that stays inside; then each row its own place.
-    start = jnp.clip(window[0], 0, max(ids.shape[0] - ROWS, 0))
-    rows = ids[pl.ds(start, min(ROWS, ids.shape[0]))]
-    place = window[0] - start + jnp.arange(ROWS, dtype=jnp.int32)
-    return rows[jnp.clip(place, 0, rows.shape[0] - 1)]
-
-  @staticmethod
-  def copy(source, smem, ids, window, *, column, width, fan_out):
-    first_row, group_first, group_end = window
-    piece = math.gcd(width, smem.shape[-1])
-    for first in range(0, smem.shape[-1], piece):
-      in_width = column + first < width
-      from_column = jnp.where(in_width, column + first, 0)
-
-      def copy_row(r, _, first=first, in_width=in_width, column=from_column):
-        row = first_row + r
-        exists = in_width & (row >= group_first) & (row < group_end)
-        source_row = jnp.where(exists, ids[r] // fan_out, 0)
-        values = source[source_row, pl.ds(column, piece)]
-        smem[r, first : first + piece] = jnp.where(
-          exists, values, jnp.zeros_like(values)
-        )
-
-      lax.fori_loop(0, ROWS, copy_row, None)
-
-  @staticmethod
-  def commit():
-    pass
-
-  @staticmethod
-  def wait(groups):
-    del groups
-    plgpu.commit_smem()
-
-
-# 3, 133, 0 and 16 rows: expert 1 has a step cut at its start, a whole one, and
-# one cut at its end; expert 2 has none.
-IDS = np.array([[0, 3]] * 3 + [[1, 3]] * 13 + [[1, 1]] * 60, np.int32)
-EXPERTS = 4
-
-
-def operands(x_grouped, y_grouped, d, n, ids=IDS, dtype=jnp.bfloat16, seed=0):
-  rng = np.random.default_rng(seed)
-  rows = lambda grouped: ids.size if grouped else ids.shape[0]
-  x = jnp.asarray(rng.normal(size=(rows(x_grouped), d)), dtype)
-  y = jnp.asarray(rng.normal(size=(rows(y_grouped), n)), dtype)
-  return x, y
-
-
-def interpreted(*arrays, config, product=group_xty, races=False, **layout):
-  params = plgpu.InterpretGPUParams(detect_races=races)
-  ops = InterpretedOps(config.num_sms)
-  with plgpu.force_gpu_interpret_mode(params):
-    return jax.jit(
-      lambda *arrays: product(*arrays, config=config, ops=ops, **layout)
-    )(*arrays)
 
 
 def assert_interpreted_equals_oracle(
@@ -244,11 +132,6 @@ def test_group_xty_refuses_tiles_that_would_wait_for_themselves():
     group_xty(x, y, routing, y_grouped=True, config=config)
 
 
-def cut_to_steps(monkeypatch):
-  monkeypatch.setattr(xty_plan, "_part_rows", lambda *_: ROWS)
-  monkeypatch.setattr(xty_plan, "LEAST_ROWS", ROWS)
-
-
 @ends_before_a_barrier
 @pytest.mark.parametrize("x_grouped", [False, True])
 def test_group_xty_adds_up_the_parts_of_a_long_group(monkeypatch, x_grouped):
@@ -277,89 +160,6 @@ def test_parts_that_are_not_stored_leave_a_tile_on_its_way_out(monkeypatch):
   assert_interpreted_equals_oracle(
     x, y, ids, 2, config, races=True, y_grouped=True
   )
-
-
-def sum_beside_every_product(monkeypatch):
-  monkeypatch.setattr(choice_sums, "_MOST_BLOCKS", math.inf)
-  monkeypatch.setattr(choice_sums, "_LEAST_TILES_EACH", 0)
-  monkeypatch.setattr(choice_sums, "_PRODUCTS_PER_SUM", 1)
-
-
-def slices_of(rows):
-  """Returns what makes slices of columns: copies of those of `rows`."""
-  return lambda _, columns: rows if columns is None else columns.of(rows, 1)
-
-
-# All four experts at once, two by two, in three shares of which two are short,
-# and in more shares than there are experts.
-@pytest.mark.parametrize(
-  "num_sms, num_chunks", [(4, 1), (3, 1), (1, 1), (4, 2), (3, 3), (4, 8)]
-)
-@pytest.mark.parametrize("x_grouped", [False, True])
-def test_blocks_that_sum_first_multiply_what_is_left(
-  monkeypatch, x_grouped, num_sms, num_chunks
-):
-  sum_beside_every_product(monkeypatch)
-  layout = dict(x_grouped=x_grouped, y_grouped=not x_grouped)
-  d, n = (48 if num_chunks == 3 else 64, 256) if x_grouped else (384, 64)
-  x, y = operands(*layout.values(), d, n)
-  rows = operands(True, True, d, n, seed=1)[0]
-  routing = route(jnp.asarray(IDS), EXPERTS)
-  blocks = (64, 128) if x_grouped else (128, 64)
-  config = TileConfig(*blocks, num_stages=3, num_sms=num_sms)
-
-  def both(x, y, rows, routing, **options):
-    options |= dict(num_chunks=num_chunks)
-    return group_xty_and_sum(x, y, slices_of(rows), routing, **options)
-
-  options = dict(config=config, product=both, races=True)
-  xty, sums = interpreted(x, y, rows, routing, **options, **layout)
-  truth = oracle.group_xty(x, y, IDS, EXPERTS, **layout)
-  assert_accurate(xty, truth, xla.group_xty(x, y, routing, **layout))
-  ones = np.ones(IDS.shape)
-  assert_accurate(sums, oracle.combine(rows, ones, IDS, EXPERTS), None)
-
-
-def summing(**changes):
-  """Returns how C3 would sum rows of dx, but for `changes`."""
-  problem = dict(
-    products=262144 * 4096 * 2048,
-    num_tiles=32768,
-    num_blocks=132,
-    warpgroups=3,
-    ring_bytes=65536,
-  )
-  rows = jax.ShapeDtypeStruct(
-    (changes.pop("num_rows", 262144), changes.pop("width", 4096)),
-    changes.pop("dtype", "bfloat16"),
-  )
-  top_k, num_slices = changes.pop("top_k", 8), changes.pop("num_slices", 1)
-  return choice_sums.plan_sum(rows, top_k, num_slices, **problem | changes)
-
-
-def test_a_sum_takes_the_share_of_blocks_that_ends_before_the_product():
-  assert summing().blocks == 6
-  assert summing(products=262144 * 4096 * 512).blocks == 20
-  assert summing(products=262144 * 4096 * 65536).blocks == 2
-  assert summing(num_blocks=1, num_tiles=8).blocks == 1
-  assert (summing().groups, summing(top_k=16).groups) == (4, 2)
-
-
-@pytest.mark.parametrize(
-  "changes",
-  [
-    dict(products=262144 * 4096 * 256),  # Hardly anything to multiply.
-    dict(num_tiles=1000),  # Who comes late finds none.
-    dict(top_k=32),  # No slots for two sums of k rows.
-    dict(width=4092),  # No whole chunks.
-    dict(dtype="float32"),  # Chunks are of 16 bits a number.
-    dict(num_rows=2**21, products=2**52),  # More than 32 bits count.
-    dict(num_slices=64),  # More than 32 bits count in what is stored.
-  ],
-)
-def test_a_sum_that_would_not_end_in_time_is_made_alone(changes):
-  assert summing() is not None
-  assert summing(**changes) is None
 
 
 @pytest.mark.parametrize("gathered", ["x", "y"])
@@ -488,14 +288,6 @@ def test_group_xty_gathering_y_keeps_a_neighbours_nan_out():
   assert np.all(np.isnan(np.asarray(got[3], np.float32)))
 
 
-def h200():
-  return use_abstract_mesh(
-    AbstractMesh(
-      (), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "cuda")
-    )
-  )
-
-
 LOWERED = {
   # (T, k, E, d, n, x_grouped, y_grouped, dtype)
   "large_gathered_x": (32768, 8, 128, 4096, 2048, False, True, "bfloat16"),
@@ -522,86 +314,11 @@ def test_group_xty_lowers_without_a_gpu(case):
     routing = route(ids, num_experts)
     return group_xty(x, y, routing, x_grouped=x_grouped, y_grouped=y_grouped)
 
-  with h200():
-    traced = jax.jit(product).trace(x, y, ids)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  text = lowered(product, x, y, ids)
   [call] = [line for line in text.splitlines() if "call @mosaic_gpu" in line]
   # Beside the result, sums of parts.
   results = call.rpartition("->")[2]
   assert ("xf32>" in results) == case.startswith("in_parts")
-
-
-@pytest.mark.parametrize("num_chunks", [1, 4])
-@pytest.mark.parametrize("k", [8, 16, 6])
-def test_a_sum_beside_group_xty_lowers_without_a_gpu(k, num_chunks):
-  num_tokens, num_experts, d, n = 4096, 128, 4096, 2048
-  array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
-  x, y = array(num_tokens, d), array(num_tokens * k, n)
-  rows = array(num_tokens * k, d)
-  ids = jax.ShapeDtypeStruct((num_tokens, k), jnp.int32)
-
-  def both(x, y, rows, ids):
-    routing, options = route(ids, num_experts), dict(y_grouped=True)
-    options |= dict(num_chunks=num_chunks, at_once=True)
-    return mosaic.group_xty_and_sum(x, y, slices_of(rows), routing, **options)
-
-  with h200():
-    traced = jax.jit(both).trace(x, y, rows, ids)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  first, *others = [
-    line for line in text.splitlines() if "call @mosaic_gpu" in line
-  ]
-  # One more kernel serves all slices but the first, and writes what that made.
-  assert len(others) == (num_chunks > 1)
-  for call in (first, *others):
-    assert f"tensor<{num_tokens}x{d}xbf16>" in call.rpartition("->")[2]
-    # Besides the counter of tiles.
-    assert call.count("output_operand_alias<") == 1 + 2 * (call in others)
-
-
-@pytest.mark.parametrize(
-  "wanted, num_chunks, together",
-  [
-    ((0, 1), 1, 1),
-    ((0,), 1, 0),
-    ((1,), 1, 0),
-    # A slice of rows has twice the size of dw_in, the same, or a half.
-    ((0, 1), 2, 2),
-    ((0, 1), 4, 2),
-    ((0, 1), 8, 2),
-    ((1,), 4, 0),
-  ],
-)
-def test_a_layer_sums_dx_beside_dw_in_if_both_are_wanted(
-  wanted, num_chunks, together
-):
-  num_tokens, k, num_experts, d, n = 32768, 16, 256, 4096, 256
-  array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
-  ids = jax.ShapeDtypeStruct((num_tokens, k), jnp.int32)
-
-  def loss(x, w_in, w_out, ids):
-    gates = jnp.ones((num_tokens, k))
-    routing = route(ids, num_experts)
-    options = dict(num_chunks=num_chunks, implementation="mosaic")
-    y = smoe_mlp(x, gates, routing, w_in, w_out, **options)
-    return jnp.sum(y.astype(jnp.float32))
-
-  with h200():
-    traced = jax.jit(jax.grad(loss, wanted)).trace(
-      array(num_tokens, d),
-      array(num_experts, d, 2 * n),
-      array(num_experts, n, d),
-      ids,
-    )
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  dw_in, dx = f"{num_experts}x{d}x{2 * n}xbf16", f"{num_tokens}x{d}xbf16"
-  results = [
-    line.rpartition("->")[2]
-    for line in text.splitlines()
-    if "call @mosaic_gpu" in line
-  ]
-  at_once = [made for made in results if dw_in in made and dx in made]
-  assert len(at_once) == together
 
 
 def test_group_xty_is_mapped_one_member_after_the_other():
@@ -610,13 +327,7 @@ def test_group_xty_is_mapped_one_member_after_the_other():
   routing = route(jnp.asarray(IDS), EXPERTS)
   product = lambda x, y: group_xty(x, y, routing, y_grouped=True)
   mapped = jax.vmap(product)
-  with h200():
-    alone = jax.jit(product).trace(x, y)
-    both = jax.jit(mapped).trace(x[None], y[None])
-    alone, both = (
-      traced.lower(lowering_platforms=("cuda",)).as_text()
-      for traced in (alone, both)
-    )
+  alone, both = lowered(product, x, y), lowered(mapped, x[None], y[None])
   assert "stablehlo.while" in both and "stablehlo.while" not in alone
 
 
@@ -627,20 +338,6 @@ def on_gpu(x, y, routing, **layout):
     same = product(x, y, routing)
     assert bool(jnp.array_equal(got, same, equal_nan=True)), "bits differ"
   return got
-
-
-def distinct_ids(rng, num_tokens, k, num_experts, skew=0.0):
-  weight = -skew * np.log1p(np.arange(num_experts))
-  noise = rng.gumbel(size=(num_tokens, num_experts)) + weight
-  return np.argsort(-noise, axis=1)[:, :k].astype(np.int32)
-
-
-def distinct_or_nowhere(num_tokens, k, num_experts, skew, not_here):
-  """Returns ids of which a part is 'not here', and their routing."""
-  rng = np.random.default_rng(0)
-  ids = distinct_ids(rng, num_tokens, k, num_experts, skew)
-  ids = np.where(rng.random(ids.shape) < not_here, num_experts, ids)
-  return ids, route(jnp.asarray(ids), num_experts)
 
 
 GPU_CASES = {
@@ -683,54 +380,6 @@ def test_group_xty_on_gpu_equals_xla(case, dtype):
     truth = xla.group_xty(*wide, **layout, precision=lax.Precision.HIGHEST)
     baseline = xla.group_xty(x, y, routing, **layout)
     assert_accurate(got, truth, baseline, err_msg=str(layout))
-
-
-SUMMED_CASES = {
-  # (T, k, E, d, n, skew, not here)
-  "in_pairs": (3000, 8, 16, 512, 512, 0.5, 0.1),
-  "sixteen": (1111, 16, 32, 256, 512, 0.5, 0.0),
-  "no_quads": (333, 6, 8, 600, 40, 0.5, 0.1),
-  "three": (1000, 3, 16, 1536, 256, 0.0, 0.0),
-  "one_choice": (2000, 1, 8, 512, 512, 1.0, 0.0),
-  "one_token": (1, 8, 8, 512, 256, 0.0, 0.0),
-}
-
-
-@pytest.mark.gpu
-@pytest.mark.timeout(200)  # Ends a deadlock.
-@pytest.mark.parametrize(
-  "form", ["whole", "in_parts", "few_chunks", "many_chunks"]
-)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", SUMMED_CASES)
-def test_a_sum_beside_group_xty_on_gpu_changes_no_bit(
-  monkeypatch, case, dtype, form
-):
-  sum_beside_every_product(monkeypatch)
-  num_tokens, k, num_experts, d, n, skew, not_here = SUMMED_CASES[case]
-  num_chunks = 1
-  if form == "in_parts":
-    cut_to_steps(monkeypatch)
-  elif form != "whole":
-    # Chunks share groups, which are not cut then.
-    monkeypatch.setattr(xty_plan, "_part_rows", lambda *_: num_tokens)
-    possible = [c for c in range(2, 17) if d % (8 * c) == 0]
-    num_chunks = possible[0 if form == "few_chunks" else -1]
-  ids, routing = distinct_or_nowhere(num_tokens, k, num_experts, skew, not_here)
-  x, y = operands(False, True, d, n, ids, dtype)
-  rows = operands(True, True, d, n, ids, dtype, seed=1)[0]
-  alone = jax.jit(lambda *args: group_xty(*args, y_grouped=True))
-  options = dict(num_chunks=num_chunks, y_grouped=True)
-  both = jax.jit(
-    lambda x, y, rows, routing: group_xty_and_sum(
-      x, y, slices_of(rows), routing, **options
-    )
-  )
-  expected = alone(x, y, routing), jax.jit(sum_choices)(rows, routing)
-  for _ in range(5):
-    poison_memory()
-    for got, want in zip(both(x, y, rows, routing), expected, strict=True):
-      assert bool(jnp.array_equal(got, want)), case
 
 
 @pytest.mark.gpu
