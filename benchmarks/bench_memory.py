@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import bench_mlp, command
+from benchmarks import bench_mlp, command, layer_steps, layer_truth
 from benchmarks.peers import Layer
 from benchmarks.shapes import SHAPES, Shape
 from scattermoe_jax.ops import remat_policy
@@ -37,7 +37,7 @@ def variant(name: str, num_experts: int, backend: str | None) -> Layer:
   if "chunks_" in name:
     keep, _, count = keep.rpartition("chunks_")
     keep, chunks = keep.removesuffix("_"), int(count)
-  layer = bench_mlp.ours(num_experts, backend, chunks)
+  layer = layer_steps.ours(num_experts, backend, chunks)
   if not keep:
     return layer
 
@@ -52,11 +52,11 @@ def variant(name: str, num_experts: int, backend: str | None) -> Layer:
 def variants_of(shape: Shape) -> list[str]:
   """Returns what is measured of a shape.
 
-  Chunks of whole tiles: as many as `bench_mlp.chunks_of` takes, and the next
+  Chunks of whole tiles: as many as `layer_steps.chunks_of` takes, and the next
   count below. By XLA's count more of them save nothing of C1, 5 % of C2.
   """
-  most = bench_mlp.chunks_of(shape.d_model)
-  whole = bench_mlp.whole_chunks(shape.d_model)
+  most = layer_steps.chunks_of(shape.d_model)
+  whole = layer_steps.whole_chunks(shape.d_model)
   counts = [count for count in whole if count <= most][-2:]
   both = [f"keep_h_chunks_{most}"] if counts else []
   return [
@@ -74,7 +74,7 @@ def run(
   sampling: Mapping[str, Any],
 ) -> Iterator[list[dict[str, Any]]]:
   """Yields the records of one shape."""
-  *_, steps = bench_mlp.checked_steps(compiled, layers, [_DIRECTION])
+  *_, steps = layer_truth.checked_steps(compiled, layers, [_DIRECTION])
   records = bench_mlp.measured(
     shape,
     _DIRECTION,
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   compiled = bench_mlp.compile_shapes(
     layers,
     functools.partial(
-      bench_mlp.checked_jobs, directions=[_DIRECTION], routing="random"
+      layer_truth.checked_jobs, directions=[_DIRECTION], routing="random"
     ),
   )
 

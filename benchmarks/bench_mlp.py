@@ -8,8 +8,8 @@ the gradients of x, gates and both weights. Sorting the ids is timed, choosing
 them is not. All implementations of a shape take turns in one run:
 
   scattermoe_jax           smoe_mlp, with the backend that `--backend` names
-  scattermoe_jax_chunked   the same in chunks of columns (`chunks_of`): less
-                           memory
+  scattermoe_jax_chunked   the same in chunks of columns, as many as
+                           `layer_steps.chunks_of` says: less memory
   dense                    the dense products of the same FLOPs, nothing else
   composed                 a gather, jax.lax.ragged_dot twice, a weighed sum
   sonicmoe scattermoe tokamax   if installed (`benchmarks.peers`)
@@ -33,191 +33,21 @@ each in at most `--peer-seconds`, and measured in turns with all of the rest.
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.extend
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from benchmarks import baselines, command, peers, timing
-from benchmarks.compiling import Job, abstract, compile_together
+from benchmarks.compiling import Job, compile_together
+from benchmarks.layer_steps import Inputs, own_layers
+from benchmarks.layer_truth import Truth, check, checked_jobs, checked_steps
 from benchmarks.peers import Layer, Step
-from benchmarks.shapes import (
-  LAYERS,
-  ROUTINGS,
-  SHAPES,
-  Shape,
-  expert_ids,
-  normal_array,
-)
-from scattermoe_jax.ops import smoe_mlp
-from scattermoe_jax.routing import route
-from tests.accuracy import assert_accurate
+from benchmarks.shapes import LAYERS, ROUTINGS, SHAPES, Shape
 
 DIRECTIONS = ("forward", "forward+backward")
 IMPLEMENTATIONS = ("scattermoe_jax", "scattermoe_jax_chunked", "dense")
 KEY = ("shape", "direction", "routing", "implementation")
-_CHUNKS = 4
-# The widest tile of the kernels: a narrower slice is multiplied as wide.
-_TILE_COLUMNS = 256
-_CHECKED_TOKENS = 8
-_CHECKED_ROWS = 64
 _MIB = 2**20
-
-
-class Inputs(NamedTuple):
-  """What a step is given; `dy` is the gradient of y."""
-
-  x: jax.Array
-  gates: jax.Array
-  w_in: jax.Array
-  w_out: jax.Array
-  expert_ids: jax.Array
-  dy: jax.Array
-
-
-def _inputs(shape: Shape, routing: str) -> Inputs:
-  rows = (shape.num_tokens, shape.d_model)
-  experts, d, n = shape.num_experts, shape.d_model, shape.d_expert
-  gates = normal_array(1, rows[0], shape.top_k, dtype=jnp.float32)
-  return Inputs(
-    normal_array(0, *rows),
-    jax.nn.softmax(gates),
-    normal_array(2, experts, d, 2 * n) * jnp.bfloat16(d**-0.5),
-    normal_array(3, experts, n, d) * jnp.bfloat16(n**-0.5),
-    expert_ids(shape, routing),
-    normal_array(4, *rows),
-  )
-
-
-def step_of(layer: Layer, direction: str):
-  """Returns a step of `layer(x, gates, w_in, w_out, expert_ids)`."""
-
-  def step(x, gates, w_in, w_out, ids, dy):
-    forward = functools.partial(layer, expert_ids=ids)
-    if direction == "forward":
-      return (forward(x, gates, w_in, w_out),)
-    y, backward = jax.vjp(forward, x, gates, w_in, w_out)
-    # As where dy is made from y: no part of the forward waits for the backward.
-    y, dy = lax.optimization_barrier((y, dy))
-    return y, *backward(dy)
-
-  return step
-
-
-def jax_steps(
-  layers: Mapping[str, Layer], data: Inputs, directions: Sequence[str]
-) -> dict[tuple[str, str], Step]:
-  """Returns the steps of layers by name and direction, compiled together."""
-  made = compile_together(step_jobs(layers, abstract(data), directions))
-  return {
-    key: compiled_step(future.result(), layers[key[0]], data, key[1])
-    for key, future in made.items()
-  }
-
-
-def step_jobs(
-  layers: Mapping[str, Layer], shapes: Inputs, directions: Sequence[str]
-) -> dict[tuple[str, str], Job]:
-  """Returns what to compile, by name and direction."""
-  return {
-    (name, direction): Job(step_of(layer, direction), tuple(shapes))
-    for name, layer in layers.items()
-    for direction in directions
-  }
-
-
-def compiled_step(
-  compiled: jax.stages.Compiled, layer: Layer, data: Inputs, direction: str
-) -> Step:
-  """Returns a compiled step of a layer, and what it says of its memory."""
-  memory = compiled.memory_analysis()
-  return Step(
-    functools.partial(compiled, *data),
-    memory.temp_size_in_bytes + memory.output_size_in_bytes,
-    held_bytes(layer, abstract(data)) if direction != "forward" else None,
-  )
-
-
-def held_bytes(layer: Layer, data: Inputs) -> int:
-  """Returns the bytes that `jax.vjp` of the layer keeps beside its inputs."""
-
-  def residuals(x, gates, w_in, w_out, ids):
-    forward = functools.partial(layer, expert_ids=ids)
-    return jax.vjp(forward, x, gates, w_in, w_out)[1]
-
-  traced = jax.make_jaxpr(residuals)(*data[:5]).jaxpr
-  # Each array once, and only what is none of the inputs.
-  kept = {v for v in traced.outvars if isinstance(v, jax.extend.core.Var)}
-  kept -= set(traced.invars)
-  return sum(int(v.aval.size) * v.aval.dtype.itemsize for v in kept)
-
-
-def ours(num_experts: int, backend: str | None, num_chunks: int = 1) -> Layer:
-  """Returns the library's layer."""
-
-  def layer(x, gates, w_in, w_out, expert_ids):
-    routing = route(expert_ids, num_experts)
-    return smoe_mlp(
-      x,
-      gates,
-      routing,
-      w_in,
-      w_out,
-      num_chunks=num_chunks,
-      implementation=backend,
-    )
-
-  return layer
-
-
-def chunks_of(width: int) -> int:
-  """Returns the most chunks, at most four, of whole tiles; four if none are.
-
-  Example:
-    >>> chunks_of(4096), chunks_of(1536)
-    (4, 3)
-  """
-  few = [count for count in whole_chunks(width) if count <= _CHUNKS]
-  return max(few, default=_CHUNKS)
-
-
-def whole_chunks(width: int) -> list[int]:
-  """Returns in how many chunks of whole tiles a width can be cut, from two.
-
-  Example:
-    >>> whole_chunks(1536)
-    [2, 3, 6]
-  """
-  tiles = width // _TILE_COLUMNS
-  counts = range(2, tiles + 1) if tiles * _TILE_COLUMNS == width else ()
-  return [count for count in counts if tiles % count == 0]
-
-
-def composed(num_experts: int) -> Layer:
-  """Returns the layer of `baselines.composed_mlp`."""
-
-  def layer(x, gates, w_in, w_out, expert_ids):
-    routing = route(expert_ids, num_experts)
-    return baselines.composed_mlp(x, gates, routing, w_in, w_out)
-
-  return layer
-
-
-def own_layers(
-  shape: Shape, implementations: Sequence[str], backend: str | None
-) -> dict[str, Layer]:
-  """Returns the layers in JAX that need no installing, by name."""
-  known = {
-    "scattermoe_jax": ours(shape.num_experts, backend),
-    "scattermoe_jax_chunked": ours(
-      shape.num_experts, backend, chunks_of(shape.d_model)
-    ),
-    "composed": composed(shape.num_experts),
-  }
-  return {name: known[name] for name in implementations if name in known}
 
 
 def own_jobs(
@@ -230,18 +60,6 @@ def own_jobs(
     dense = functools.partial(baselines.dense_mlp, direction=direction)
     jobs["dense", direction] = Job(dense, (jax.eval_shape(operands),))
   jobs["operands"] = Job(operands, ())
-  return jobs
-
-
-def checked_jobs(
-  shape: Shape, layers: Mapping[str, Layer], directions, routing: str
-) -> dict[Any, Job]:
-  """Returns the steps of layers, their inputs, and what they must return."""
-  make = functools.partial(_inputs, shape, routing)
-  data = jax.eval_shape(make)
-  jobs: dict[Any, Job] = step_jobs(layers, data, directions)
-  jobs["inputs"] = Job(make, ())
-  jobs["truth"] = Job(_truth_of, (data,))
   return jobs
 
 
@@ -274,110 +92,6 @@ def compile_shapes(
     for (name, key), future in made.items()
     if name == shape.name
   }
-
-
-class Truth(NamedTuple):
-  """Samples of y and all gradients: in float32, and in the inputs' dtype.
-
-  Attributes:
-    expert: whose weight gradients they are; its group is a middling one.
-    truth: y, dx and dgates of some tokens, some rows of dw_in and dw_out.
-    baseline: the same by plain XLA.
-  """
-
-  expert: jax.Array
-  truth: tuple[jax.Array, ...]
-  baseline: tuple[jax.Array, ...]
-
-
-def _truth_of(data: Inputs) -> Truth:
-  experts = data.w_in.shape[0]
-  sizes = jnp.zeros((experts,), jnp.int32).at[data.expert_ids].add(1)
-  expert = jnp.argsort(sizes)[experts // 2]
-
-  def samples(dtype):
-    dtype = jnp.dtype(dtype)
-    token = functools.partial(_token_step, data, dtype)
-    dw_in, dw_out = _expert_step(data, dtype, expert)
-    return (
-      *lax.map(token, _tokens(data)),
-      dw_in[_rows(dw_in)],
-      dw_out[_rows(dw_out)],
-    )
-
-  return Truth(expert, samples(jnp.float32), samples(data.x.dtype))
-
-
-def _token_step(data: Inputs, dtype, token):
-  """Returns y, dx and dgates of one token."""
-  ids = data.expert_ids[token]
-  given = (data.x[token], data.gates[token], data.w_in[ids], data.w_out[ids])
-
-  def layer(x, gates, w_in, w_out):
-    dots = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-    gate, up = jnp.split(dots("d,kdm->km", x, w_in), 2, axis=-1)
-    y = dots("kn,knd->kd", jax.nn.silu(gate) * up, w_out)
-    return dots("k,kd->d", gates.astype(y.dtype), y)
-
-  y, backward = jax.vjp(layer, *(a.astype(dtype) for a in given))
-  return y, *backward(data.dy[token].astype(dtype))[:2]
-
-
-def _expert_step(data: Inputs, dtype, expert):
-  """Returns dw_in and dw_out of one expert; who is not its, has gate 0."""
-  mine = data.expert_ids == expert
-  gates = jnp.sum(jnp.where(mine, data.gates, 0.0), axis=1)
-  x, gates, dy = (a.astype(dtype) for a in (data.x, gates, data.dy))
-
-  def layer(w_in, w_out):
-    dots = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
-    gate, up = jnp.split(dots(x, w_in), 2, axis=-1)
-    return gates[:, None] * dots(jax.nn.silu(gate) * up, w_out)
-
-  weights = (data.w_in[expert], data.w_out[expert])
-  return jax.vjp(layer, *(w.astype(dtype) for w in weights))[1](dy)
-
-
-def _tokens(data: Inputs) -> jax.Array:
-  return jnp.arange(_CHECKED_TOKENS) * (data.x.shape[0] // _CHECKED_TOKENS)
-
-
-def _rows(dw: jax.Array) -> np.ndarray:
-  return np.linspace(0, dw.shape[0] - 1, _CHECKED_ROWS).astype(np.int32)
-
-
-@jax.jit
-def _sampled(data: Inputs, expert: jax.Array, results):
-  """Returns of a step's results what `Truth` has of them."""
-  of_tokens = [a[_tokens(data)].astype(data.x.dtype) for a in results[:3]]
-  return of_tokens + [a[expert][_rows(a[0])] for a in results[3:]]
-
-
-def check(data: Inputs, truth: Truth, results: Sequence[jax.Array]) -> None:
-  """Raises AssertionError unless samples of all results are right."""
-  sampled = _sampled(data, truth.expert, list(results))
-  names = ("y", "dx", "dgates", "dw_in", "dw_out")
-  for name, got, right, low in zip(
-    names, sampled, truth.truth, truth.baseline, strict=False
-  ):
-    assert_accurate(got, right, low, err_msg=name)
-
-
-def checked_steps(
-  compiled: Mapping[Any, jax.stages.Compiled],
-  layers: Mapping[str, Layer],
-  directions: Sequence[str],
-) -> tuple[Inputs, Truth, dict[tuple[str, str], Step]]:
-  """Returns inputs, truth, and the steps of layers, each found right."""
-  data = compiled["inputs"]()
-  truth = compiled["truth"](data)
-  steps = {
-    key: compiled_step(compiled[key], layers[key[0]], data, key[1])
-    for key in step_jobs(layers, data, directions)
-  }
-  for step in steps.values():
-    check(data, truth, step.call())
-  return data, truth, steps
 
 
 def run(

@@ -17,6 +17,7 @@ from benchmarks import (
   bench_mlp,
   bench_ops,
   bench_train,
+  layer_steps,
   peers,
   shapes,
   timing,
@@ -215,7 +216,7 @@ def test_bench_mlp_checks_and_records():
   "width, count", [(4096, 4), (1536, 3), (512, 2), (2880, 4)]
 )
 def test_bench_mlp_chunks_are_whole_tiles_if_they_can(width, count):
-  assert bench_mlp.chunks_of(width) == count
+  assert layer_steps.chunks_of(width) == count
 
 
 def test_bench_mlp_says_nothing_of_dense_products_that_did_not_run(capsys):
@@ -229,9 +230,9 @@ def test_bench_mlp_says_nothing_of_dense_products_that_did_not_run(capsys):
 
 def test_bench_mlp_counts_what_is_held_beside_the_inputs():
   data = jax.eval_shape(
-    functools.partial(bench_mlp._inputs, shapes.SHAPES["tiny"], "random")
+    functools.partial(layer_steps.inputs, shapes.SHAPES["tiny"], "random")
   )
-  held = lambda layer: bench_mlp.held_bytes(layer, data)
+  held = lambda layer: layer_steps.held_bytes(layer, data)
   one = data.x.size * data.x.dtype.itemsize
   layers = {
     "x": lambda x, *_, expert_ids: x * x,
@@ -241,7 +242,7 @@ def test_bench_mlp_counts_what_is_held_beside_the_inputs():
   kept = {name: held(layer) // one for name, layer in layers.items()}
   assert kept == {"x": 0, "as large as x": 1, "x and two more": 2}
   # h (S, 2n), and the routing: ids of S rows three times and the group sizes.
-  assert held(bench_mlp.ours(4, "xla")) == 96 * 64 * 2 + 3 * 96 * 4 + 4 * 4
+  assert held(layer_steps.ours(4, "xla")) == 96 * 64 * 2 + 3 * 96 * 4 + 4 * 4
   assert held(bench_memory.variant("keep_h", 4, "xla")) == 96 * 64 * 2
 
 
@@ -249,7 +250,7 @@ def test_bench_mlp_counts_what_is_held_beside_the_inputs():
   ("named", "result"), [("y", 0), ("dgates", 2), ("dw_in", 3), ("dw_out", 4)]
 )
 def test_bench_mlp_refuses_a_wrong_step(named, result, monkeypatch):
-  right = bench_mlp.step_of
+  right = layer_steps.step_of
 
   def wrong(layer, direction):
     def step(*args):
@@ -259,7 +260,7 @@ def test_bench_mlp_refuses_a_wrong_step(named, result, monkeypatch):
 
     return step
 
-  monkeypatch.setattr(bench_mlp, "step_of", wrong)
+  monkeypatch.setattr(layer_steps, "step_of", wrong)
   with pytest.raises(AssertionError, match=f"{named}: off by"):
     bench_mlp.main(
       ["--shapes", "tiny", "--backend", "xla", "--samples", "2"]

@@ -8,6 +8,7 @@ plain JAX, forward and backward, as this library's public ops do.
 import jax
 import jax.numpy as jnp
 
+from benchmarks.layer_steps import jax_steps
 from benchmarks.peers import Layer, Step
 from scattermoe_jax.ops.combine import combine
 from scattermoe_jax.ops.rows import repeat_tokens
@@ -22,8 +23,6 @@ _NOTE = f"tiles {_TILES}, {_STAGES} stages, band {_BAND}; dW by JAX's Pallas"
 
 def build(shape, data, direction: str) -> Step:
   """Returns the step, differentiated by JAX but for the products."""
-  from benchmarks.bench_mlp import jax_steps
-
   steps = jax_steps({"tokamax": layer(shape)}, data, [direction])
   return steps["tokamax", direction]._replace(note=_NOTE)
 
