@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.test_util import check_grads
 
 import scattermoe_jax as sm
-from benchmarks import bench_attention
+from benchmarks import attention_layers, bench_attention
 from scattermoe_jax import nn as smnn
 from scattermoe_jax.kernels import mosaic
 from scattermoe_jax.ops import linear_combine
@@ -547,7 +547,7 @@ def test_benchmark_checks_and_times_a_tiny_layer(capsys):
     )
     # No time is left for the second.
     assert not bench_attention.main([*arguments, "--budget-seconds", "0"])
-  assert [r["implementation"] for r in records] == list(bench_attention.LAYERS)
+  assert [r["implementation"] for r in records] == list(attention_layers.LAYERS)
   assert all(record["ms_median"] > 0 for record in records)
   assert capsys.readouterr().out.count("TFLOP/s") == 4
 
@@ -564,9 +564,9 @@ def test_benchmark_checks_gradients_also_of_one_choice():
 
 @pytest.mark.parametrize("wrong", ["ungroup", "dense_layer"])
 def test_benchmark_notices_a_wrong_layer(monkeypatch, wrong):
-  once = getattr(bench_attention, wrong)
-  monkeypatch.setattr(bench_attention, wrong, lambda *a: 2 * once(*a))
-  shape, forward = bench_attention.tiny(2), ["forward"]
+  once = getattr(attention_layers, wrong)
+  monkeypatch.setattr(attention_layers, wrong, lambda *a: 2 * once(*a))
+  shape, forward = attention_layers.tiny(2), ["forward"]
   with as_users_have_it():
     [compiled] = bench_attention.compile_all(
       [shape], ["moa", "dense", "regroup"], forward, "xla"
