@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import bench_ops, command
+from benchmarks import command, layer_products
 from benchmarks.compiling import abstract
 from benchmarks.shapes import Shape
 from scattermoe_jax.kernels import IMPLEMENTATIONS, choose_backend
@@ -38,8 +38,8 @@ def run(
     data, routing = jax.eval_shape(lambda sized=sized: _operands(sized))
     records = []
     for op in ops:
-      product = bench_ops.products(sized)[op]
-      problem = bench_ops.problem_of(sized, product)
+      product = layer_products.products(sized)[op]
+      problem = layer_products.problem_of(sized, product)
       backend = choose_backend([problem], implementation)
       function = _function(backend, product)
       operands = tuple(data[name] for name in product.operands)
@@ -59,12 +59,12 @@ def run(
 
 def _operands(shape: Shape) -> tuple[dict[str, jax.Array], Routing]:
   ids = jnp.zeros((shape.num_tokens, shape.top_k), jnp.int32)
-  return bench_ops.arrays(shape), route(ids, shape.num_experts)
+  return layer_products.arrays(shape), route(ids, shape.num_experts)
 
 
-def _function(backend, product: bench_ops.Product):
+def _function(backend, product: layer_products.Product):
   # A function of its own each time: nothing of it is cached.
-  return lambda left, right, routing: bench_ops.compute(
+  return lambda left, right, routing: layer_products.compute(
     backend, product, left, right, routing
   )
 
@@ -103,7 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   parser = command.parser(__doc__, shapes=("S",), is_sampled=False)
   parser.add_argument("--experts", nargs="+", type=int, default=(8, 128, 512))
   parser.add_argument(
-    "--ops", nargs="+", choices=bench_ops.OPS, default=("up", "dx_up", "dw_up")
+    "--ops",
+    nargs="+",
+    choices=layer_products.OPS,
+    default=("up", "dx_up", "dw_up"),
   )
   parser.add_argument("--implementation", choices=IMPLEMENTATIONS)
   options = parser.parse_args(arguments)

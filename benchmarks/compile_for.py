@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from benchmarks import bench_ops
+from benchmarks import layer_products
 from benchmarks.shapes import Shape
 from scattermoe_jax._compat import Device
 from scattermoe_jax.kernels import triton
@@ -85,9 +85,9 @@ def topology(card: Device) -> topologies.TopologyDescription:
     ) from error
 
 
-def products(shape: Shape) -> dict[str, bench_ops.Product]:
+def products(shape: Shape) -> dict[str, layer_products.Product]:
   """Returns what is compiled, by name."""
-  of_mlp = bench_ops.products(shape)
+  of_mlp = layer_products.products(shape)
   others = (
     of_mlp["up"]._replace(op="up_scattered", y_grouped=False),
     of_mlp["dw_up"]._replace(
@@ -98,8 +98,8 @@ def products(shape: Shape) -> dict[str, bench_ops.Product]:
 
 
 def backend_for(
-  card: Device, shape: Shape, product: bench_ops.Product, dtype
-) -> bench_ops.WithConfig:
+  card: Device, shape: Shape, product: layer_products.Product, dtype
+) -> layer_products.WithConfig:
   """Returns the backend with the blocks that it would choose on a card."""
   itemsize = jnp.dtype(dtype).itemsize
   if product.is_weight_gradient:
@@ -119,7 +119,7 @@ def backend_for(
       num_cores=card.num_cores,
       grouped_in=product.x_grouped,
     )
-  return bench_ops.WithConfig(triton, config)
+  return layer_products.WithConfig(triton, config)
 
 
 def compile_for(card: Device, shape: Shape, dtype) -> dict[str, str | None]:
@@ -131,13 +131,16 @@ def compile_for(card: Device, shape: Shape, dtype) -> dict[str, str | None]:
     a.shape, dtype, sharding=everywhere
   )
   data, routing = jax.eval_shape(
-    lambda: (bench_ops.arrays(shape), bench_ops.routing_of(shape, "even"))
+    lambda: (
+      layer_products.arrays(shape),
+      layer_products.routing_of(shape, "even"),
+    )
   )
   routing = jax.tree.map(lambda a: struct(a, a.dtype), routing)
   found: dict[str, str | None] = {}
   for name, product in products(shape).items():
     backend = backend_for(card, shape, product, dtype)
-    function = functools.partial(bench_ops.compute, backend, product)
+    function = functools.partial(layer_products.compute, backend, product)
     operands = [struct(data[operand], dtype) for operand in product.operands]
     jitted = jax.jit(function, out_shardings=everywhere)
     try:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks import bench_ops, command, timing
+from benchmarks import command, layer_products, timing
 from benchmarks.compiling import Job, abstract, compile_together
 from benchmarks.shapes import Shape
 from scattermoe_jax import kernels
@@ -60,7 +60,7 @@ def cases(shape: Shape) -> list[Case]:
   d, n = shape.d_model, shape.d_expert
   silu = get_activation("silu", gated=True)
   found = []
-  for op, product in bench_ops.products(shape).items():
+  for op, product in layer_products.products(shape).items():
     if product.is_weight_gradient:
       name = f"group_xty_gathered_{'y' if product.x_grouped else 'x'}"
     else:
@@ -96,11 +96,11 @@ def cases(shape: Shape) -> list[Case]:
   return found
 
 
-def _plain(mosaic, product: bench_ops.Product) -> Callable[..., Any]:
+def _plain(mosaic, product: layer_products.Product) -> Callable[..., Any]:
   def call(data, routing, config):
-    backend = bench_ops.WithConfig(mosaic, config)
+    backend = layer_products.WithConfig(mosaic, config)
     left, right = (data[name] for name in product.operands)
-    return bench_ops.compute(backend, product, left, right, routing)
+    return layer_products.compute(backend, product, left, right, routing)
 
   return call
 
@@ -191,7 +191,10 @@ def measure(
   """Returns what is fastest for each product of a shape, having printed it."""
   start = time.perf_counter()
   data, routing = jax.jit(
-    lambda: (bench_ops.arrays(shape), bench_ops.routing_of(shape, "random"))
+    lambda: (
+      layer_products.arrays(shape),
+      layer_products.routing_of(shape, "random"),
+    )
   )()
   wanted = [case for case in cases(shape) if case.op in ops]
   problems = [

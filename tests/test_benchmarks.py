@@ -17,6 +17,7 @@ from benchmarks import (
   bench_mlp,
   bench_ops,
   bench_train,
+  layer_products,
   layer_steps,
   peers,
   shapes,
@@ -143,7 +144,7 @@ def test_bench_ops_checks_and_records():
     ["--shapes", "tiny", "--routings", "zipf", "--implementations", "xla"]
     + ["--samples", "2", "--sample-ms", "0"]
   )
-  assert {r["op"] for r in records} == set(bench_ops.OPS)
+  assert {r["op"] for r in records} == set(layer_products.OPS)
   assert {r["implementation"] for r in records} == {"xla", "dense"}
   for field in ("ms_median", "ms_p20", "ms_p80", "tflops", "of_dense"):
     assert all(r[field] > 0 for r in records), field
@@ -177,9 +178,9 @@ def test_bench_ops_measures_a_peer_that_is_right(monkeypatch, capsys):
   def products(op, left, right, routes):
     if op == "down":
       raise peers.Absent("no down here")
-    product = bench_ops.products(shapes.SHAPES["tiny"])[op]
+    product = layer_products.products(shapes.SHAPES["tiny"])[op]
     call = lambda routing: JaxResults(
-      [bench_ops.compute(xla, product, left, right, routing) * scale]
+      [layer_products.compute(xla, product, left, right, routing) * scale]
     )
     return {
       name: functools.partial(call, routing) for name, routing in routes.items()
@@ -435,7 +436,10 @@ def test_tune_passes_its_tiles_to_the_kernel():
   if mosaic.missing_feature():
     pytest.skip(mosaic.missing_feature())
   data, routing = jax.eval_shape(
-    lambda: (bench_ops.arrays(LAYER), bench_ops.routing_of(LAYER, "random"))
+    lambda: (
+      layer_products.arrays(LAYER),
+      layer_products.routing_of(LAYER, "random"),
+    )
   )
   for case in tune.cases(LAYER):
     texts = []

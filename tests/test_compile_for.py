@@ -5,7 +5,7 @@ import functools
 import jax
 import pytest
 
-from benchmarks import bench_ops, compile_for
+from benchmarks import compile_for, layer_products
 
 
 @pytest.mark.parametrize("card", compile_for.CARDS)
@@ -15,14 +15,17 @@ def test_compile_for_has_the_products_of_a_layer(card, shape):
   rows, experts = shape.num_rows, shape.num_experts
   d, n = shape.d_model, shape.d_expert
   data, routing = jax.eval_shape(
-    lambda: (bench_ops.arrays(shape), bench_ops.routing_of(shape, "even"))
+    lambda: (
+      layer_products.arrays(shape),
+      layer_products.routing_of(shape, "even"),
+    )
   )
   found = {}
   for name, product in compile_for.products(shape).items():
     backend = compile_for.backend_for(
       compile_for.CARDS[card], shape, product, "bfloat16"
     )
-    function = functools.partial(bench_ops.compute, backend, product)
+    function = functools.partial(layer_products.compute, backend, product)
     operands = [data[operand] for operand in product.operands]
     found[name] = jax.eval_shape(function, *operands, routing).shape
   assert found == {
