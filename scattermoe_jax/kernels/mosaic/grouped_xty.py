@@ -21,7 +21,6 @@ right's rows into both: half the bytes from L2.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +32,7 @@ from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import current_device, vary_over, varying_axes
 from scattermoe_jax.kernels import tuning
+from scattermoe_jax.kernels.composed import RowsOf
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.mosaic import clusters, tickets, warpgroup_ops
@@ -93,7 +93,7 @@ def group_xty(
 def group_xty_and_sum(
   x: Float[Array, "rows_x d"],
   y: Float[Array, "rows_y n"],
-  rows_of: Callable[[Array, Columns | None], Float[Array, "S _"]],
+  rows_of: RowsOf,
   routing: Routing,
   *,
   num_chunks: int = 1,
