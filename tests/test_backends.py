@@ -353,7 +353,9 @@ def test_fused_forms_are_accurate(name, case, dtype, activation, gated):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("num_chunks, at_once", [(1, True), (2, False)])
+@pytest.mark.parametrize(
+  "num_chunks, at_once", [(1, True), (2, False), (2, True)]
+)
 @pytest.mark.parametrize(("name", "case", "dtype"), RUNS)
 def test_group_xty_and_sum_is_both(name, case, dtype, num_chunks, at_once):
   backend = load(name)

@@ -24,6 +24,8 @@ from scattermoe_jax.kernels.mosaic.grouped_xty import (
   group_xty,
   group_xty_and_sum,
 )
+from scattermoe_jax.kernels.mosaic.xty_plan import make_plan
+from scattermoe_jax.kernels.mosaic.xty_tiles import parts_of_groups, tile_at
 from tests.interpreted_xty import (
   EXPERTS,
   IDS,
@@ -89,6 +91,89 @@ def summing(**changes):
   )
   top_k, num_slices = changes.pop("top_k", 8), changes.pop("num_slices", 1)
   return choice_sums.plan_sum(rows, top_k, num_slices, **problem | changes)
+
+
+@pytest.mark.parametrize("num_slices", [2, 3, 4, 9])
+@pytest.mark.parametrize("num_experts", [1, 4, 7, 8])
+def test_slices_share_the_experts_longest_first(num_experts, num_slices):
+  ids = np.random.default_rng(0).integers(0, num_experts, (300, 1))
+  ids[ids == 3] = 0  # One has no rows.
+  routing = route(jnp.asarray(ids, jnp.int32), num_experts)
+  x, y = operands(False, True, 256, 128, ids)
+  config = TileConfig(128, 64, num_stages=3, num_sms=1)
+  plan = make_plan(x, y, routing, False, True, config)
+  rows = jax.ShapeDtypeStruct((300, 256 // num_slices // 8 * 8), x.dtype)
+  plan = plan.with_sum(rows, routing, num_slices)
+  assert plan.num_parts == math.ceil(num_experts / num_slices)
+  found = []
+  for index in range(num_slices):
+    parts = parts_of_groups(plan, routing, jnp.int32(index))
+    numbers = jnp.arange(plan.num_tiles)
+    tiles = jax.vmap(lambda i, parts=parts: tile_at(plan, parts, i))(numbers)
+    here = np.asarray(tiles.number) < plan.num_tiles
+    assert not np.any(here[1:] & ~here[:-1]), "one after the last"
+    experts = np.asarray(tiles.expert)[here].reshape(-1, plan.per_part)
+    assert np.all(experts == experts[:, :1])
+    sizes = np.asarray(routing.group_sizes)[experts[:, 0]]
+    assert np.all(sizes[1:] <= sizes[:-1])
+    found += experts[:, 0].tolist()
+  assert sorted(found) == list(range(num_experts))
+
+
+def test_a_slice_takes_the_share_of_blocks_that_the_whole_takes():
+  # C2 with an eighth of its tokens.
+  num_tokens, k, num_experts, d, n = 4096, 16, 256, 4096, 512
+  ids = jnp.arange(num_tokens * k, dtype=jnp.int32).reshape(-1, k) % num_experts
+  routing, array = route(ids, num_experts), jax.ShapeDtypeStruct
+  x, y = (
+    array(shape, "bfloat16") for shape in ((num_tokens, d), (ids.size, n))
+  )
+  config = TileConfig(128, 256, num_stages=4, num_sms=132)
+  plan = make_plan(x, y, routing, False, True, config)
+
+  def sum_plan(num_slices):
+    rows = array((ids.size, d // num_slices), "bfloat16")
+    return plan.with_sum(rows, routing, num_slices).sum_plan
+
+  assert sum_plan(1).blocks == sum_plan(4).blocks == 20
+  # 16384 tiles: 15 for each block of a launch, and 7.
+  assert sum_plan(8) is not None and sum_plan(16) is None
+
+
+def test_each_slice_waits_until_the_one_before_is_gone(monkeypatch):
+  sum_beside_every_product(monkeypatch)
+  x, y = operands(False, True, 64, 64)
+  rows, given = operands(True, True, 64, 64)[0], []
+
+  def rows_of(y, columns):
+    given.append(y)
+    return columns.of(rows, 1)
+
+  config = TileConfig(128, 64, num_stages=3, num_sms=2)
+  options = dict(num_chunks=4, y_grouped=True, config=config)
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  product = lambda x, y: group_xty_and_sum(x, y, rows_of, routing, **options)
+  jax.make_jaxpr(product)(x, y)
+  assert len({id(y) for y in given}) == 4, "y of a barrier, but for the first"
+
+
+def test_groups_in_parts_are_not_shared_by_slices(monkeypatch):
+  sum_beside_every_product(monkeypatch)
+  cut_to_steps(monkeypatch)
+  x, y = operands(False, True, 64, 64)
+  rows = operands(True, True, 64, 64)[0]
+  config = TileConfig(128, 64, num_stages=3, num_sms=2)
+  options = dict(y_grouped=True, config=config)
+  product = lambda num_chunks: group_xty_and_sum(
+    x,
+    y,
+    slices_of(rows),
+    route(jnp.asarray(IDS), EXPERTS),
+    num_chunks=num_chunks,
+    **options,
+  )
+  assert jax.eval_shape(lambda: product(1)) is not None
+  assert product(2) is None
 
 
 def test_a_sum_takes_the_share_of_blocks_that_ends_before_the_product():

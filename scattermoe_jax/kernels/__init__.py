@@ -29,7 +29,8 @@ A backend is a module with the functions below. None of them is differentiable;
                     y_grouped, precision) -> (xty, sums)
       xty = group_xty(x, y); sums[t] = sum_j rows[grouped row of choice j of t],
       (T, d), those of no group too: they must be zero. rows = rows_of(y, None),
-      or slice after slice: rows_of(y, columns). Neither needs the other: one
+      or slice after slice rows_of(y, columns), of a y that is there once the
+      slice before is gone. Neither needs the other: one
       kernel may wait for memory and for the tensor core at once, if `at_once`;
       else xty is made last, when no rows are left.
 

@@ -60,8 +60,8 @@ def smoe_mlp(
     activation: a name in `ACTIVATIONS`, or an `Activation`.
     num_chunks: in how many slices of its d columns the expanded (S, d) array
       is made and summed, once forward and once backward: the peak of memory
-      falls, the products stay the same. From four on dx is still summed beside
-      dw_in, for the memory of a slice, where without slices it would be.
+      falls, the products stay the same. From four on mosaic may hold a slice
+      beside dw_in, to be faster: then four can take more than two or three.
     precision: of the products, as `jax.lax.dot_general` takes it.
     implementation: "mosaic", "triton" or "xla"; None for the first that can.
 
@@ -244,6 +244,8 @@ def _bwd(static, residuals, dy):
   )
   dbias_in = dbias_out = None
   if bias_in is not None:
+    # Rows of dx are gone by then.
+    dx, dh = lax.optimization_barrier((dx, dh))
     dbias_in = bias_grad(
       backend, dh, routing, grouped=True, precision=precision
     )
@@ -265,11 +267,16 @@ _smoe_mlp.defvjp(_fwd, _bwd, symbolic_zeros=True)
 
 
 def _outgrow(rows: int, dw: int, num_chunks: int) -> bool:
-  """Returns whether rows may be there while dw is, both in numbers.
+  """Returns whether rows of dx stay while dw_in is made, to be summed beside.
 
-  Rows that are gone before have the memory of dw, if they fit. A slice that
-  would have fitted is an addition, from four on of at most a quarter of what
-  slices save.
+  Rows that are gone by then leave dw_in their memory. So it costs none to keep
+  a slice that is larger than dw_in; a smaller one is held besides. Of four or
+  more slices that is at most a quarter of what slices save.
+
+  Args:
+    rows: numbers in all slices of the rows.
+    dw: numbers in dw_in.
+    num_chunks: slices.
   """
   return rows > dw and (rows > num_chunks * dw or num_chunks >= 4)
 

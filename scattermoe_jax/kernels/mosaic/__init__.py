@@ -316,7 +316,7 @@ def group_xty_and_sum(
   """Returns `group_xty`, and the sum of each token's k rows.
 
   Args:
-    x: see `group_xty`, as all but these.
+    x: see `group_xty`.
     y: see there.
     rows_of: of y and a slice of the d columns, that slice of what is summed, in
       grouped order; zero where rows are of no group.

@@ -69,7 +69,7 @@ class SumPlan(NamedTuple):
     return jax.ShapeDtypeStruct(shape, self.dtype)
 
   @property
-  def num_chunks(self) -> int:
+  def chunks_to_sum(self) -> int:
     """Chunks of 8 columns of all tokens that are summed."""
     return self.num_tokens * self.chunks_of_row
 
@@ -144,7 +144,7 @@ def sum_share(
     slice_index: which of these slices is summed.
   """
   workers = plan.blocks * plan.warpgroups
-  turns = lt.cdiv(lt.cdiv(plan.num_chunks, lt.WARPGROUP) - worker, workers)
+  turns = lt.cdiv(lt.cdiv(plan.chunks_to_sum, lt.WARPGROUP) - worker, workers)
 
   def first_chunk(turn):
     return (worker + turn * workers) * lt.WARPGROUP
@@ -274,7 +274,7 @@ def _my_chunk(plan: SumPlan, first_chunk) -> tuple[ir.Value, ...]:
   """Returns this thread's chunk: of all, its token, and of the token's."""
   place = arith.addi(lt.scalar(first_chunk), lt.thread_index())
   # Threads past the end sum the last chunk too, to the same bits.
-  place = arith.minsi(place, lt.const(plan.num_chunks - 1))
+  place = arith.minsi(place, lt.const(plan.chunks_to_sum - 1))
   token = arith.divui(place, lt.const(plan.chunks_of_row))
   before = arith.muli(token, lt.const(plan.chunks_of_row))
   return place, token, arith.subi(place, before)

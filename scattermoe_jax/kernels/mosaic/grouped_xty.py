@@ -104,10 +104,9 @@ def group_xty_and_sum(
 ) -> tuple[Float[Array, "E d n"], Float[Array, "T d"]] | None:
   """Returns `group_xty`, and the sum of each token's k rows, of one kernel.
 
-  None where it would take longer than two (`choice_sums`).
-
-  In chunks, of so many launches, each sums a slice of columns beside its share
-  of the experts' products, and writes where the first did.
+  None where it would take longer than two (`choice_sums`). In chunks it is
+  launched once for each slice of columns, which it sums beside a share of the
+  experts' products; all launches write what the first one made.
 
   Args:
     x: see `group_xty`.
@@ -155,7 +154,11 @@ def _plan(x, y, routing: Routing, x_grouped, y_grouped, config) -> Plan:
 def _launch(
   x, y, rows, routing: Routing, index=None, made=None, *, plan: Plan, ops: Any
 ):
-  """Returns xty, and sums if rows are given; of a slice, in `made` if given."""
+  """Returns xty, and sums if rows are given.
+
+  With an index, of that slice and share: in place of `made`, the results of the
+  launch before, if there was one.
+  """
   # Launches of one grid would draw tiles from one counter.
   run = functools.partial(_run, plan, ops)
   run = jax.custom_batching.sequential_vmap(run)
@@ -178,9 +181,9 @@ def _run(
     refs = [jax.new_ref(array) for array in made]
     _kernel(plan, [], ops)(*operands, *refs)
     return [jax.freeze(ref) for ref in refs]
-  made = _kernel(plan, outs, ops)(*operands)
+  results = _kernel(plan, outs, ops)(*operands)
   # plgpu.kernel forgets over which mesh axes its results differ.
-  return vary_over(made[: len(outs)], varying_axes(x, y, rows, routing))
+  return vary_over(results[: len(outs)], varying_axes(x, y, rows, routing))
 
 
 def _kernel(plan: Plan, outs: list[jax.ShapeDtypeStruct], ops):

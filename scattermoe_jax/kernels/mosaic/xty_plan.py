@@ -51,7 +51,8 @@ class Plan(NamedTuple):
     most_cuts: how many more parts there may be than groups.
     part_rows: rows of a tile that are a block's fair share.
     sum_plan: what some blocks sum before they multiply; None if nothing.
-    num_slices: launches that share the parts, each has every so manieth.
+    num_slices: launches that share the parts; launch i has those of rank i,
+      i + num_slices, and so on.
   """
 
   left: Side
@@ -121,6 +122,9 @@ class Plan(NamedTuple):
       routing: the routing.
       num_slices: launches.
     """
+    # One launch does not wait for another's parts of a group.
+    if num_slices > 1 and self.most_cuts:
+      return self._replace(sum_plan=None)
     products = routing.num_rows * self.left.width * self.right.width
     sum_plan = plan_sum(
       rows,
@@ -132,9 +136,6 @@ class Plan(NamedTuple):
       warpgroups=MULTIPLIERS + 1,
       ring_bytes=min(self.ring_shares),
     )
-    # One launch does not wait for another's parts of a group.
-    if num_slices > 1 and self.most_cuts:
-      sum_plan = None
     return self._replace(sum_plan=sum_plan, num_slices=num_slices)
 
   @property
