@@ -26,7 +26,8 @@ def triton_interpreted(config: TritonConfig = CONFIG) -> types.ModuleType:
   backend.down_projection_grad = functools.partial(
     composed.down_projection_grad, backend.scatter2scatter
   )
+  backend.by_columns = composed.by_columns
   backend.group_xty_and_sum = functools.partial(
-    composed.group_xty_and_sum, backend.group_xty
+    composed.group_xty_and_sum, backend.group_xty, backend.by_columns
   )
   return backend

@@ -138,6 +138,29 @@ def test_gradients_are_made_one_after_the_other(monkeypatch, case):
   assert at_once == [case == "rows_outgrow_dw_in"]
 
 
+def test_gradients_of_biases_wait_for_dx(monkeypatch):
+  given, both, bias_grad = {}, xla.group_xty_and_sum, smoe_mlp_module.bias_grad
+
+  def record_both(x, dh, *args, **kwargs):
+    given["dx"] = dh
+    return both(x, dh, *args, **kwargs)
+
+  def record_bias_grad(backend, dh, *args, **kwargs):
+    given["dbias"] = dh
+    return bias_grad(backend, dh, *args, **kwargs)
+
+  monkeypatch.setattr(xla, "group_xty_and_sum", record_both)
+  monkeypatch.setattr(smoe_mlp_module, "bias_grad", record_bias_grad)
+  (x, gates, w_in, w_out, _), routing = layer_inputs()
+
+  def loss(x, bias_in):
+    options = dict(bias_in=bias_in, implementation="xla")
+    return jnp.sum(sm.smoe_mlp(x, gates, routing, w_in, w_out, **options))
+
+  jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, jnp.ones((E, 2 * n)))
+  assert given["dbias"] is not given["dx"], "of a barrier behind dx"
+
+
 @pytest.mark.parametrize(
   "rows, dw, num_chunks, outgrow",
   [
@@ -174,9 +197,8 @@ def test_rows_are_summed_before_the_product_is_made(monkeypatch):
   ):
     monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
   product = recorded("group_xty", xla.group_xty)
-  composed.group_xty_and_sum(
-    product, x, rows, lambda rows, _: rows, routing, y_grouped=True
-  )
+  both = functools.partial(composed.group_xty_and_sum, product, xla.by_columns)
+  both(x, rows, lambda rows, _: rows, routing, y_grouped=True)
   assert calls[:3] == ["sum_choices", "optimization_barrier", "group_xty"]
 
 

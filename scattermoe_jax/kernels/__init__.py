@@ -25,6 +25,10 @@ A backend is a module with the functions below. None of them is differentiable;
       da' = dy w^T; dgates = <da', a>; dh = (gates * da') dact/dh;
       weighted_a = gates * a. All in grouped rows, w as the forward stores it.
 
+  by_columns(make, rows, width, num_chunks) -> (T, width)
+      make(rows, columns) for slice after slice of the columns, each once the
+      one before is there; make(rows, None) if there is one.
+
   group_xty_and_sum(x, y, rows_of, routing, *, num_chunks, at_once, x_grouped,
                     y_grouped, precision) -> (xty, sums)
       xty = group_xty(x, y); sums[t] = sum_j rows[grouped row of choice j of t],
@@ -42,7 +46,7 @@ Source: ScatterMoE (Tan et al., 2024), scatter2scatter and groupXtY; SonicMoE
 (Guo et al., 2025, arXiv 2512.14080), algorithm 3, for `down_projection_grad`.
 """
 
-from scattermoe_jax.kernels.composed import by_columns, sum_choices
+from scattermoe_jax.kernels.composed import sum_choices
 from scattermoe_jax.kernels.contract import (
   IMPLEMENTATIONS,
   Columns,
@@ -57,7 +61,6 @@ __all__ = [
   "Columns",
   "Problem",
   "accumulator_dtype",
-  "by_columns",
   "choose_backend",
   "report",
   "sum_choices",

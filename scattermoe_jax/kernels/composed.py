@@ -78,6 +78,7 @@ def activation_grad(
 
 def group_xty_and_sum(
   group_xty: Callable[..., Array],
+  by_columns: Callable[..., Array],
   x: Float[Array, "rows_x d"],
   y: Float[Array, "rows_y n"],
   rows_of: RowsOf,
@@ -85,7 +86,6 @@ def group_xty_and_sum(
   *,
   num_chunks: int = 1,
   at_once: bool = False,
-  unroll: bool = True,
   **options: Any,
 ) -> tuple[Float[Array, "E d n"], Float[Array, "T d"]]:
   """Returns (xty, sums): `group_xty`, and `sum_choices` of grouped rows."""
@@ -94,8 +94,7 @@ def group_xty_and_sum(
   def summed(y, columns):
     return sum_choices(rows_of(y, columns), routing)
 
-  width = x.shape[1]
-  sums = by_columns(summed, y, width, num_chunks, unroll=unroll)
+  sums = by_columns(summed, y, x.shape[1], num_chunks)
   # One after the other, so that the rows are gone before the product is there.
   sums, y = lax.optimization_barrier((sums, y))
   return group_xty(x, y, routing, **options), sums

@@ -215,8 +215,9 @@ up_projection = functools.partial(composed.up_projection, scatter2scatter)
 down_projection_grad = functools.partial(
   composed.down_projection_grad, scatter2scatter
 )
+by_columns = functools.partial(composed.by_columns, unroll=False)
 group_xty_and_sum = functools.partial(
-  composed.group_xty_and_sum, group_xty, unroll=False
+  composed.group_xty_and_sum, group_xty, by_columns
 )
 
 

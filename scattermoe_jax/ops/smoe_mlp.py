@@ -14,12 +14,7 @@ from jax.tree_util import register_static
 from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import varying_axes
-from scattermoe_jax.kernels import (
-  accumulator_dtype,
-  by_columns,
-  choose_backend,
-  xla,
-)
+from scattermoe_jax.kernels import accumulator_dtype, choose_backend
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import Activation, get_activation
 from scattermoe_jax.ops.combine import gates_of_rows, weigh_choices
@@ -172,8 +167,7 @@ def _forward(
     )
     return weigh_choices(y_rows, gates, routing)
 
-  y = by_columns(combined, a, x.shape[1], num_chunks, unroll=backend is not xla)
-  return y, h
+  return backend.by_columns(combined, a, x.shape[1], num_chunks), h
 
 
 def _fwd(static, *primals):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels import composed
+from scattermoe_jax.kernels.composed import by_columns
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.mosaic.lowering import lowers
@@ -331,18 +332,14 @@ def group_xty_and_sum(
   from scattermoe_jax.kernels.mosaic import grouped_xty
 
   del precision
-  options: dict[str, Any] = dict(
-    num_chunks=num_chunks,
-    x_grouped=x_grouped,
-    y_grouped=y_grouped,
-    config=config,
-  )
+  options: dict[str, Any] = dict(num_chunks=num_chunks, config=config)
+  options |= dict(x_grouped=x_grouped, y_grouped=y_grouped)
   if at_once:
     both = grouped_xty.group_xty_and_sum(x, y, rows_of, routing, **options)
     if both is not None:
       return both
   return composed.group_xty_and_sum(
-    group_xty, x, y, rows_of, routing, **options
+    group_xty, by_columns, x, y, rows_of, routing, **options
   )
 
 

@@ -180,4 +180,7 @@ up_projection = functools.partial(composed.up_projection, scatter2scatter)
 down_projection_grad = functools.partial(
   composed.down_projection_grad, scatter2scatter
 )
-group_xty_and_sum = functools.partial(composed.group_xty_and_sum, group_xty)
+by_columns = composed.by_columns
+group_xty_and_sum = functools.partial(
+  composed.group_xty_and_sum, group_xty, by_columns
+)
