@@ -21,6 +21,11 @@ def lowered(function, *args):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def kernel_calls(text):
+  """Returns the lines of a lowered program that call a Mosaic kernel."""
+  return [line for line in text.splitlines() if "call @mosaic_gpu" in line]
+
+
 def distinct_ids(rng, num_tokens, k, num_experts, skew=0.0):
   weight = -skew * np.log1p(np.arange(num_experts))
   noise = rng.gumbel(size=(num_tokens, num_experts)) + weight

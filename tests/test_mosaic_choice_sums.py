@@ -14,7 +14,7 @@ from scattermoe_jax.routing import route
 from tests import oracle
 from tests.accuracy import assert_accurate
 from tests.conftest import poison_memory
-from tests.hopper import distinct_or_nowhere, lowered
+from tests.hopper import distinct_or_nowhere, kernel_calls, lowered
 
 if reason := mosaic.missing_feature():
   pytest.skip(reason, allow_module_level=True)
@@ -216,9 +216,7 @@ def test_a_sum_beside_group_xty_lowers_without_a_gpu(k, num_chunks):
     return mosaic.group_xty_and_sum(x, y, slices_of(rows), routing, **options)
 
   text = lowered(both, x, y, rows, ids)
-  first, *others = [
-    line for line in text.splitlines() if "call @mosaic_gpu" in line
-  ]
+  first, *others = kernel_calls(text)
   # One more kernel serves all slices but the first, and writes what that made.
   assert len(others) == (num_chunks > 1)
   for call in (first, *others):
@@ -256,11 +254,7 @@ def test_a_layer_sums_dx_beside_dw_in_if_both_are_wanted(
   w_in, w_out = array(num_experts, d, 2 * n), array(num_experts, n, d)
   text = lowered(jax.grad(loss, wanted), array(num_tokens, d), w_in, w_out, ids)
   dw_in, dx = f"{num_experts}x{d}x{2 * n}xbf16", f"{num_tokens}x{d}xbf16"
-  results = [
-    line.rpartition("->")[2]
-    for line in text.splitlines()
-    if "call @mosaic_gpu" in line
-  ]
+  results = [call.rpartition("->")[2] for call in kernel_calls(text)]
   at_once = [made for made in results if dw_in in made and dx in made]
   assert len(at_once) == together
 

@@ -18,7 +18,12 @@ from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.routing import route
 from tests import oracle
 from tests.accuracy import assert_accurate
-from tests.hopper import distinct_ids, distinct_or_nowhere, lowered
+from tests.hopper import (
+  distinct_ids,
+  distinct_or_nowhere,
+  kernel_calls,
+  lowered,
+)
 
 if reason := mosaic.missing_feature():
   pytest.skip(reason, allow_module_level=True)
@@ -315,7 +320,7 @@ def test_group_xty_lowers_without_a_gpu(case):
     return group_xty(x, y, routing, x_grouped=x_grouped, y_grouped=y_grouped)
 
   text = lowered(product, x, y, ids)
-  [call] = [line for line in text.splitlines() if "call @mosaic_gpu" in line]
+  [call] = kernel_calls(text)
   # Beside the result, sums of parts.
   results = call.rpartition("->")[2]
   assert ("xf32>" in results) == case.startswith("in_parts")

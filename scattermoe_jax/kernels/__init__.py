@@ -34,9 +34,9 @@ A backend is a module with the functions below. None of them is differentiable;
       xty = group_xty(x, y); sums[t] = sum_j rows[grouped row of choice j of t],
       (T, d), those of no group too: they must be zero. rows = rows_of(y, None),
       or slice after slice rows_of(y, columns), of a y that is there once the
-      slice before is gone. Neither needs the other: one
-      kernel may wait for memory and for the tensor core at once, if `at_once`;
-      else xty is made last, when no rows are left.
+      slice before is gone. Neither needs the other: one kernel may wait for
+      memory and for the tensor core at once, if `at_once`; else xty is made
+      last, when no rows are left.
 
 Rows: a scattered operand has S rows, or T rows of which the k choices of a
 token share one; a grouped operand has S rows. Outputs of rows have S. Rows of
