@@ -95,7 +95,10 @@ def summing(**changes):
 
 @pytest.mark.parametrize("num_slices", [2, 3, 4, 9])
 @pytest.mark.parametrize("num_experts", [1, 4, 7, 8])
-def test_slices_share_the_experts_longest_first(num_experts, num_slices):
+def test_slices_share_the_experts_longest_first(
+  monkeypatch, num_experts, num_slices
+):
+  sum_beside_every_product(monkeypatch)
   ids = np.random.default_rng(0).integers(0, num_experts, (300, 1))
   ids[ids == 3] = 0  # One has no rows.
   routing = route(jnp.asarray(ids, jnp.int32), num_experts)

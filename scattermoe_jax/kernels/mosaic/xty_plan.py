@@ -51,8 +51,6 @@ class Plan(NamedTuple):
     most_cuts: how many more parts there may be than groups.
     part_rows: rows of a tile that are a block's fair share.
     sum_plan: what some blocks sum before they multiply; None if nothing.
-    num_slices: launches that share the parts; launch i has those of rank i,
-      i + num_slices, and so on.
   """
 
   left: Side
@@ -64,7 +62,14 @@ class Plan(NamedTuple):
   most_cuts: int
   part_rows: int
   sum_plan: SumPlan | None = None
-  num_slices: int = 1
+
+  @property
+  def num_slices(self) -> int:
+    """Launches that share the parts.
+
+    Launch i has those of rank i, i + num_slices, and so on.
+    """
+    return 1 if self.sum_plan is None else self.sum_plan.num_slices
 
   @property
   def cluster(self) -> int:
@@ -124,7 +129,7 @@ class Plan(NamedTuple):
     """
     # One launch does not wait for another's parts of a group.
     if num_slices > 1 and self.most_cuts:
-      return self._replace(sum_plan=None)
+      return self
     products = routing.num_rows * self.left.width * self.right.width
     sum_plan = plan_sum(
       rows,
@@ -136,7 +141,7 @@ class Plan(NamedTuple):
       warpgroups=MULTIPLIERS + 1,
       ring_bytes=min(self.ring_shares),
     )
-    return self._replace(sum_plan=sum_plan, num_slices=num_slices)
+    return self._replace(sum_plan=sum_plan)
 
   @property
   def lag(self) -> int:
