@@ -270,6 +270,33 @@ def test_every_backend_trains_on_a_gpu(name, dtype, bias):
   )
 
 
+# In two chunks rows of dx and dw_in take turns in memory; in four they are
+# made together, by a backend that can.
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_chunks", [2, 4])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_chunks_train_on_a_gpu(name, num_chunks):
+  case = Case(1000, 4, 8, 256, 128)
+  problem = Problem(case.num_rows, 8, 256, 128, "bfloat16", current_device())
+  if reason := reason_against(name, [problem]):
+    pytest.skip(reason)
+  whole = _IMPLEMENTED[name]
+  chunked = functools.partial(whole, num_chunks=num_chunks)
+  assert_as_accurate_as_plain_xla(
+    case, jnp.bfloat16, "silu", gated=True, bias=True, function=chunked
+  )
+  if name != "mosaic":
+    return
+  ids = strategies.expert_ids(case, "skewed")
+  form = (inputs(case, jnp.bfloat16), ids, "silu", case.num_experts)
+  expected = value_and_grads(whole, *form)
+  for _ in range(3):
+    poison_memory()
+    got = value_and_grads(chunked, *form)
+    for field, a, b in zip(NAMES, got, expected, strict=True):
+      np.testing.assert_array_equal(a, b, err_msg=field)
+
+
 def _matrix():
   """The predecessor's own test matrix: n = 4d // k, E = 8, GELU."""
   sizes = itertools.product((128, 256, 512, 600, 100), (1, 256, 512))
