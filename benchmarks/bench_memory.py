@@ -17,6 +17,7 @@ forward to the backward beside x, gates, weights and ids.
 """
 
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,12 +32,15 @@ _DIRECTION = "forward+backward"
 _KEEP = ("nothing", "h", "everything")
 
 
+_NAME = re.compile(
+  rf"keep_({'|'.join(_KEEP)})(?:_chunks_([1-9]\d*))?|chunks_([1-9]\d*)"
+)
+
+
 def variant(name: str, num_experts: int, backend: str | None) -> Layer:
   """Returns the layer that a name of a variant stands for."""
-  keep, chunks = name.removeprefix("keep_"), 1
-  if "chunks_" in name:
-    keep, _, count = keep.rpartition("chunks_")
-    keep, chunks = keep.removesuffix("_"), int(count)
+  keep, *counts = _NAME.fullmatch(name).groups()
+  chunks = int(next(filter(None, counts), 1))
   layer = layer_steps.ours(num_experts, backend, chunks)
   if not keep:
     return layer
@@ -98,6 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     help="beside chunks_1, of which the others are fractions",
   )
   options = command.parse_with_backend(parser, arguments)
+  for name in options.variants or ():
+    if not _NAME.fullmatch(name):
+      parser.error(
+        f"--variants {name}: expected chunks_N, keep_K or keep_K_chunks_N, "
+        f"where K is one of {', '.join(_KEEP)}"
+      )
   layers = {}
   for name in options.shapes:
     shape = SHAPES[name]

@@ -116,6 +116,8 @@ def test_every_card_has_a_folder_of_its_own(device, folder):
     (bench_mlp.main, "--shapes tiny --routing odd", "invalid choice: 'odd'"),
     (bench_mlp.main, "--shapes tiny --backend xla --write", "the default"),
     (bench_memory.main, "--shapes tiny --backend xla --write", "the default"),
+    (bench_memory.main, "--shapes tiny --variants h_chunks_2",
+     "h_chunks_2: expected chunks_N"),
     (bench_attention.main, "--tiny --implementation xla --write",
      "the default"),
     (bench_attention.main, "--tiny --directions backward", "invalid choice"),
