@@ -3,11 +3,21 @@
   python -m benchmarks.bench_compile [--shapes S] [--experts 8 128 512]
       [--ops up dw_up] [--implementation mosaic] [--write]
 
-Traces, lowers and compiles each product of `benchmarks.bench_ops` for so many
-experts, one after another, as a first call does, and calls it once on zeros. A
-small program is compiled before, so that no time is the compiler's own start.
+Traces, lowers and compiles for so many experts, one after another, as a first
+call does, and calls it once on zeros:
+
+  up down dx_down dx_up dw_down dw_up   the products of `benchmarks.bench_ops`
+  activation   up with the activation in its epilogue
+  derivative   dx_down with the activation's derivative, and gradients of gates
+  dw_up_sum    dw_up, beside the sum of each token's rows of dx
+  step         forward and backward of a SwiGLU layer, all of its kernels; for
+               one number of experts and no other op, since kernels that were
+               compiled once in a process are not compiled again
+
+A small program is compiled before, so that no time is the compiler's own start.
 """
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,12 +25,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import command, layer_products
-from benchmarks.compiling import abstract
+from benchmarks import command, layer_products, layer_steps
+from benchmarks.compiling import Job
 from benchmarks.shapes import Shape
 from scattermoe_jax.kernels import IMPLEMENTATIONS, choose_backend
+from scattermoe_jax.ops.activations import get_activation
 from scattermoe_jax.routing import Routing, route
 
+OPS = (*layer_products.OPS, "activation", "derivative", "dw_up_sum", "step")
 _KEY = ("shape", "num_experts", "op", "implementation")
 
 
@@ -35,48 +47,90 @@ def run(
   jax.block_until_ready(jax.jit(jnp.sin)(jnp.ones(8)))
   for num_experts in experts:
     sized = shape._replace(num_experts=num_experts)
-    data, routing = jax.eval_shape(lambda sized=sized: _operands(sized))
+    products = layer_products.products(sized)
+    problems = [
+      layer_products.problem_of(sized, product) for product in products.values()
+    ]
+    backend = choose_backend(problems, implementation)
+    calls = _products(sized, backend) | _fused(sized, backend)
     records = []
     for op in ops:
-      product = layer_products.products(sized)[op]
-      problem = layer_products.problem_of(sized, product)
-      backend = choose_backend([problem], implementation)
-      function = _function(backend, product)
-      operands = tuple(data[name] for name in product.operands)
-      seconds = _first_call(function, *operands, routing)
       records.append(
         {
           "shape": shape.name,
           "num_experts": num_experts,
           "op": op,
           "implementation": backend.__name__.rpartition(".")[2],
-          **seconds,
+          **_first_call(calls[op]),
         }
       )
       print(_line(records[-1]), flush=True)
     yield records
 
 
-def _operands(shape: Shape) -> tuple[dict[str, jax.Array], Routing]:
-  ids = jnp.zeros((shape.num_tokens, shape.top_k), jnp.int32)
-  return layer_products.arrays(shape), route(ids, shape.num_experts)
+def _products(shape: Shape, backend) -> dict[str, Job]:
+  """Returns the six products, each a function of its own: nothing is cached."""
+
+  def job(product: layer_products.Product) -> Job:
+    data, routing = _operands(shape)
+    compute = functools.partial(layer_products.compute, backend, product)
+    return Job(compute, (*map(data.get, product.operands), routing))
+
+  products = layer_products.products(shape).items()
+  return {op: job(product) for op, product in products}
 
 
-def _function(backend, product: layer_products.Product):
-  # A function of its own each time: nothing of it is cached.
-  return lambda left, right, routing: layer_products.compute(
-    backend, product, left, right, routing
+def _fused(shape: Shape, backend) -> dict[str, Job]:
+  """Returns what a layer makes of them, and the layer's step."""
+  data, routing = _operands(shape)
+  activation = get_activation("silu", gated=True)
+  gates = jax.ShapeDtypeStruct((shape.num_rows,), jnp.float32)
+
+  def activated(x, w, routing):
+    options = dict(bias=None, activation=activation, keep_h=True)
+    return backend.up_projection(x, w, routing, **options)
+
+  def derivative(dy, w, h, gates, routing):
+    return backend.down_projection_grad(
+      dy, w, h, gates, routing, activation=activation
+    )
+
+  def dw_up_sum(x, dh, rows, routing):
+    return backend.group_xty_and_sum(
+      x, dh, lambda *_: rows, routing, at_once=True, y_grouped=True
+    )
+
+  layer = layer_steps.ours(
+    shape.num_experts, backend.__name__.rpartition(".")[2]
   )
+  step = layer_steps.step_of(layer, "forward+backward")
+  x, dy, h, rows = (data[name] for name in ("x", "dy", "dh", "rows"))
+  given = jax.eval_shape(lambda: layer_steps.inputs(shape, "even"))
+  return {
+    "activation": Job(activated, (x, data["w_in"], routing)),
+    "derivative": Job(derivative, (dy, data["w_out"], h, gates, routing)),
+    "dw_up_sum": Job(dw_up_sum, (x, h, rows, routing)),
+    "step": Job(step, tuple(given)),
+  }
 
 
-def _first_call(function, *arguments) -> dict[str, float]:
-  arguments = abstract(arguments)
+def _operands(shape: Shape) -> tuple[dict[str, jax.Array], Routing]:
+  """Returns the shapes of all operands, and of who goes where."""
+
+  def operands():
+    ids = jnp.zeros((shape.num_tokens, shape.top_k), jnp.int32)
+    return layer_products.arrays(shape), route(ids, shape.num_experts)
+
+  return jax.eval_shape(operands)
+
+
+def _first_call(job: Job) -> dict[str, float]:
   start = time.perf_counter()
-  lowered = jax.jit(function).trace(*arguments).lower()
+  lowered = jax.jit(job.function).trace(*job.arguments).lower()
   lowered_at = time.perf_counter()
   compiled = lowered.compile()
   compiled_at = time.perf_counter()
-  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), arguments)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), job.arguments)
   jax.block_until_ready(zeros)
   called_from = time.perf_counter()
   jax.block_until_ready(compiled(*zeros))
@@ -91,7 +145,7 @@ def _first_call(function, *arguments) -> dict[str, float]:
 
 def _line(r: dict[str, Any]) -> str:
   return (
-    f"{r['shape']} E={r['num_experts']:<4} {r['op']:<8} "
+    f"{r['shape']} E={r['num_experts']:<4} {r['op']:<10} "
     f"{r['implementation']:<7} {r['first_call_s']:5.2f} s: trace and lower "
     f"{r['lower_s']:.2f}, compile {r['compile_s']:.2f}, run {r['call_s']:.3f}"
   )
@@ -105,11 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
   parser.add_argument(
     "--ops",
     nargs="+",
-    choices=layer_products.OPS,
-    default=("up", "dx_up", "dw_up"),
+    choices=OPS,
+    default=OPS[:-1],
   )
   parser.add_argument("--implementation", choices=IMPLEMENTATIONS)
   options = parser.parse_args(arguments)
+  if "step" in options.ops and len(options.ops) * len(options.experts) > 1:
+    parser.error("--ops step: takes no other op, and one number of --experts")
   return command.measure_each(
     options,
     lambda shape: run(

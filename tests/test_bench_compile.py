@@ -1,25 +1,43 @@
 """The benchmark of first calls runs, on a CPU, on a problem of no size."""
 
+import itertools
+
 import pytest
 
 from benchmarks import bench_compile
 
 
-def test_bench_compile_adds_up_the_parts_of_a_first_call():
+@pytest.mark.parametrize(
+  "experts, ops",
+  [
+    ((2, 8), ("up", "dw_up")),
+    ((4,), ("activation", "derivative", "dw_up_sum")),
+    ((4,), ("step",)),
+  ],
+)
+def test_bench_compile_adds_up_the_parts_of_a_first_call(experts, ops):
   records = bench_compile.main(
-    ["--shapes", "tiny", "--experts", "2", "8", "--ops", "up", "dw_up"]
+    ["--shapes", "tiny", "--experts", *map(str, experts), "--ops", *ops]
   )
   assert [(r["num_experts"], r["op"]) for r in records] == [
-    (2, "up"), (2, "dw_up"), (8, "up"), (8, "dw_up"),
-  ]  # fmt: skip
+    *itertools.product(experts, ops)
+  ]
   for record in records:
     parts = [record[f"{part}_s"] for part in ("lower", "compile", "call")]
     assert min(parts) > 0 and record["implementation"] == "xla"
     assert record["first_call_s"] == pytest.approx(sum(parts))
 
 
-def test_bench_compile_offers_no_samples(capsys):
-  """A first call happens once."""
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    # A first call happens once.
+    ("--samples 2", "unrecognized arguments: --samples"),
+    ("--ops up step --experts 4", "--ops step: takes no other op"),
+    ("--ops step", "--ops step: takes no other op"),
+  ],
+)
+def test_bench_compile_refuses_calls_that_are_not_first(flags, message, capsys):
   with pytest.raises(SystemExit):
-    bench_compile.main(["--shapes", "tiny", "--samples", "2"])
-  assert "unrecognized arguments: --samples" in capsys.readouterr().err
+    bench_compile.main(["--shapes", "tiny", *flags.split()])
+  assert message in capsys.readouterr().err
