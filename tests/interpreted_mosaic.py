@@ -51,6 +51,9 @@ class SingleRows(NamedTuple):
     found = jnp.zeros((block_rows,), jnp.int32)
     return lax.fori_loop(0, block_rows, look_up_row, found)
 
+  def consecutive(self, first, block_rows):
+    return first + lax.iota(jnp.int32, block_rows)
+
   def load(self, x, x_smem, my_ids, column, barrier, *, offset):
     def load_row(row, _):
       plgpu.copy_gmem_to_smem(

@@ -81,7 +81,7 @@ class Epilogue:
     """Returns functions that together store a tile, to be called in order."""
     raise NotImplementedError
 
-  def store(self, plan, accs, tile, extra, outs, scratch, loaded):
+  def store(self, plan, accs, tile, extra, outs, scratch, rows, loaded):
     """Stores one consumer's part of a tile."""
     raise NotImplementedError
 
@@ -127,7 +127,7 @@ class StoreRows(Epilogue):
 
   def pieces(self, plan, held, tile, extra, outs, scratch, rows):
     y, *ids = held
-    ring = _Ring(plan, tile, *scratch)
+    ring = _Ring(plan, tile, rows, *scratch)
 
     def send(columns, column):
       if not ids:
@@ -176,10 +176,10 @@ class Activate(Epilogue):
     a = jax.ShapeDtypeStruct((rows, width // plan.halves), plan.dtype)
     return [h, a] if self.keep_h else [a]
 
-  def store(self, plan, accs, tile, extra, outs, scratch, loaded):
+  def store(self, plan, accs, tile, extra, outs, scratch, rows, loaded):
     bias = extra[0] if extra else None
     *h_out, a_out = outs
-    ring = _Ring(plan, tile, *scratch)
+    ring = _Ring(plan, tile, rows, *scratch)
     half = plan.d_out // plan.halves
     for columns, column in _chunks(plan, tile):
 
@@ -247,9 +247,9 @@ class Differentiate(Epilogue):
       )
     return copies
 
-  def store(self, plan, accs, tile, extra, outs, scratch, loaded):
+  def store(self, plan, accs, tile, extra, outs, scratch, rows, loaded):
     [acc], (dh_out, a_out, sums_out) = accs, outs
-    ring = _Ring(plan, tile, *scratch)
+    ring = _Ring(plan, tile, rows, *scratch)
     shape = (plan.part_m, lt.COLUMNS)
     gates = plgpu.load(
       extra[1].at[pl.ds(tile.row, plan.part_m)], optimized=False
@@ -320,8 +320,8 @@ def _add_bias(sums, bias, plan, tile, column):
 class _Ring:
   """The stages through which one consumer's chunks leave."""
 
-  def __init__(self, plan, tile, ring):
-    self.plan, self.tile, self.ring = plan, tile, ring
+  def __init__(self, plan, tile, rows, ring):
+    self.plan, self.tile, self.rows, self.ring = plan, tile, rows, ring
     self.turns = itertools.cycle(range(_SLOTS))
     # The last tile's chunks left while this one was multiplied; since their
     # number may be odd, the ring starts over with all slots free.
@@ -338,34 +338,19 @@ class _Ring:
   def send(self, chunk, y, column) -> None:
     """Stores rows [begin, end) of a chunk to grouped rows of y.
 
-    A copy has a static height. A full part takes one; another is a sum of
-    powers of two, and takes a copy for each of them.
+    By TMA, whose copies have a static height, if those are all; else row by
+    row: copies of every power of two took longer to compile than all else.
     """
     stage, tile, height = self.put(chunk), self.tile, self.plan.part_m
-    columns = pl.ds(column, lt.COLUMNS)
-    num_rows = tile.end - tile.begin
+    is_full = tile.end - tile.begin == height
 
-    def copy(first, length):
-      plgpu.copy_smem_to_gmem(
-        stage.at[pl.ds(first, length)],
-        y.at[pl.ds(tile.row + first, length), columns],
-        commit_group=False,
-      )
-
-    @pl.when(num_rows == height)
+    @pl.when(is_full)
     def _():
-      copy(0, height)
+      target = y.at[pl.ds(tile.row, height), pl.ds(column, lt.COLUMNS)]
+      plgpu.copy_smem_to_gmem(stage, target)
 
-    @pl.when(num_rows < height)
+    @pl.when(jnp.logical_not(is_full))
     def _():
-      first, length = tile.begin, height // 2
-      while length > 0:
-
-        @pl.when((num_rows & length) != 0)
-        def _(first=first, length=length):
-          copy(first, length)
-
-        first = first + (num_rows & length)
-        length //= 2
-
-    plgpu.commit_smem_to_gmem_group()
+      rows = self.rows._replace(width=y.shape[1], fan_out=1)
+      ids = rows.consecutive(tile.row, height)
+      rows.store(stage, y, ids, column, tile.begin, tile.end)

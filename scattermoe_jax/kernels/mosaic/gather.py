@@ -83,6 +83,21 @@ class RowCopies(NamedTuple):
 
     return look_up(ids, lt.int32(first), lt.int32(num_rows))
 
+  def consecutive(self, first, block_rows: int) -> jax.Array:
+    """Returns what `look_up` would of ids that count up from `first`."""
+    count = block_rows // _ROWS_AT_ONCE
+
+    @plgpu.inline_mgpu(
+      arg_types=(lt.SCALAR,), return_type=lt.per_thread_type(count)
+    )
+    def count_up(_, first):
+      row, _ = _row_and_chunk()
+      row = arith.addi(row, lt.scalar(first))
+      steps = [lt.const(i * _ROWS_AT_ONCE) for i in range(count)]
+      return lt.pack([arith.addi(row, step) for step in steps], count)
+
+    return count_up(lt.int32(first))
+
   def load(self, x, x_smem, my_ids, column, barrier, *, offset: int) -> None:
     """Starts the copy of 64 columns of the rows of `my_ids` into a stage.
 

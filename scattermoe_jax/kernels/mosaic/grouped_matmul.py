@@ -131,9 +131,8 @@ def multiply(
           consumer=warpgroup,
         )
 
-      def products(expert, step, pieces=()):
+      def products(step, steps_here, pieces=()):
         """Returns a tile's sums; stores `pieces` between its products."""
-        steps_here = walk.num_steps(expert)
         at_once = max(lt.cdiv(len(pieces), plan.steps), 1)
 
         @pl.when(steps_here == 0)
@@ -172,19 +171,21 @@ def multiply(
         return epilogue.pieces(plan, held, tile, extra, outs, scratch, rows)
 
       def multiply_and_hold(t, carry):
-        """Stores the tile before between the products of this one."""
+        """Stores the tile before between the products of this one, if any."""
         step, now, held, before = carry
         soon = walk.entry(t + 1)
-        accs = products(now.expert, step, store_pieces(held, before))
+        here = jnp.where(t < walk.num_tiles, walk.num_steps(now.expert), 0)
+        accs = products(step, here, store_pieces(held, before))
         tile = tile_of(t, now)
         held = epilogue.hold(plan, accs, tile, extra, rows)
-        return step + walk.num_steps(now.expert), soon, held, tile
+        return step + here, soon, held, tile
 
       def multiply_and_store(t, carry):
         step, now = carry
         soon = walk.entry(t + 1)
-        accs = products(now.expert, step)
-        step += walk.num_steps(now.expert)
+        here = walk.num_steps(now.expert)
+        accs = products(step, here)
+        step += here
 
         @contextlib.contextmanager
         def loaded(j):
@@ -198,7 +199,7 @@ def multiply(
           plgpu.barrier_arrive(empty.at[slot])
 
         epilogue.store(
-          plan, accs, tile_of(t, now), extra, outs, scratch, loaded
+          plan, accs, tile_of(t, now), extra, outs, scratch, rows, loaded
         )
         return step + epilogue.num_loads(plan), soon
 
@@ -206,17 +207,16 @@ def multiply(
       if not epilogue.holds:
         lax.fori_loop(0, walk.num_tiles, multiply_and_store, start)
       else:
-        # Before the first tile there is one without rows.
+        # Before the first tile there is one without rows; a turn more stores
+        # the last, where a loop of its own would be compiled once more.
         tile = tile_of(0, start[1])
         tile = tile._replace(end=tile.begin)
         held = [
           jnp.zeros(a.shape, a.dtype) for a in epilogue.held_types(plan, rows)
         ]
-        *_, held, tile = lax.fori_loop(
-          0, walk.num_tiles, multiply_and_hold, (*start, held, tile)
+        lax.fori_loop(
+          0, walk.num_tiles + 1, multiply_and_hold, (*start, held, tile)
         )
-        for store in store_pieces(held, tile):
-          store()
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
