@@ -301,9 +301,14 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
     queue.release(i)
     return t
 
+  def is_tile(t: Tile):
+    return (t.number >= 0) & (t.number < plan.num_tiles)
+
   def multiply_tile(carry):
     i, step, t, held, before = carry
-    following = tile(i + 1)
+    # After the last comes a turn without a tile, which stores that.
+    following = lax.cond(is_tile(t), lambda: tile(i + 1), lambda: t)
+    t = t._replace(num_steps=jnp.where(is_tile(t), t.num_steps, 0))
     pieces = _pieces(plan, before, held, warpgroup, out, scratch["out_smem"])
     in_turn = t.num_steps >= len(pieces)
 
@@ -339,6 +344,7 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
     sums = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
     chunks, done = [sums[:, i : i + lt.COLUMNS] for i in columns_of_chunks], t
     if partial_sums is not None:
+      t = t._replace(others=jnp.where(is_tile(t), t.others, 0))
       chunks = partial_sums.join(t, chunks)
       done = t._replace(number=jnp.where(t.others < 0, -1, t.number))
     held = [chunk.astype(plan.dtype) for chunk in chunks]
@@ -349,13 +355,11 @@ def _multiply_tiles(plan, queue, parts, warpgroup, out, partial_sums, scratch):
   held = [
     jnp.zeros((LEFT_EACH, lt.COLUMNS), plan.dtype) for _ in columns_of_chunks
   ]
-  *_, held, last = lax.while_loop(
-    lambda carry: carry[2].number < plan.num_tiles,
+  lax.while_loop(
+    lambda carry: is_tile(carry[2]) | is_tile(carry[4]),
     multiply_tile,
     (zero, zero, first, held, none),
   )
-  for store in _pieces(plan, last, held, warpgroup, out, scratch["out_smem"]):
-    store()
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
