@@ -124,3 +124,9 @@ def test_a_gate_too_many_or_too_few_is_explained():
     ValueError, match="'relu' needs w_in of width n: .* a gated one"
   ):
     get_activation(plain_form, gated=True)
+
+
+@pytest.mark.parametrize("field", ["limit", "up_offset"])
+def test_what_a_gate_alone_has_is_refused_without_one(field):
+  with pytest.raises(ValueError, match=f"{field} = 1.0 .*for gated = True"):
+    Activation("mine", lambda z: (z, z), **{field: 1.0})

@@ -271,6 +271,11 @@ def test_bad_input_is_named(unchecked):
     layer.apply(variables, jnp.ones((T, D + 1)), gates, ids)
 
 
+def test_shared_experts_of_width_zero_are_none():
+  module = block(num_shared_experts=2, d_shared=0)
+  assert "shared" not in randomized(module, tokens())["params"]
+
+
 def test_no_tokens_give_an_empty_result():
   module = block(num_shared_experts=1)
   variables = randomized(module, tokens())

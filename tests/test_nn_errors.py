@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import scattermoe_jax as sm
 from scattermoe_jax import nn as smnn
+from scattermoe_jax import sharding
 from scattermoe_jax.models.config import ModelConfig
 
 B, L, D, N, E, K = 2, 6, 16, 8, 4, 2
@@ -64,6 +65,20 @@ def test_router_refuses_what_is_not_rows(shape):
     router(),
     jnp.ones(shape),
   )
+
+
+@pytest.mark.parametrize("num_experts", [E // 2, 2 * E])
+def test_a_routing_to_other_experts_is_refused_on_a_mesh_too(num_experts):
+  routing = sm.route(IDS.reshape(T, K), num_experts)
+  axes = sharding.MeshAxes(expert="e")
+  with jax.set_mesh(jax.make_mesh((1,), ("e",))):
+    refuses(
+      ValueError,
+      f"SMoEMLP: expert_ids is a Routing of {num_experts} experts, but "
+      f"num_experts = {E}; route to",
+      mlp(mesh_axes=axes),
+      *(ONES, GATES, routing),
+    )
 
 
 @pytest.mark.parametrize("shape", [(T, D), (B, 1, L, D)])

@@ -74,6 +74,16 @@ def test_both_sorts_agree(num_rows):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("num_experts", [127, 128, 255, 256, 65535, 65536])
+def test_nowhere_is_a_key_of_its_own(num_experts):
+  # Sorted by a key of one or two bytes where E, for "not here", fits as well.
+  last = num_experts - 1
+  ids = jnp.asarray([[0, num_experts], [last, 0], [num_experts, last]])
+  got = route(ids, num_experts)
+  assert got.expert_ids.tolist() == [0, 0, last, last] + 2 * [num_experts]
+  assert got.group_sizes[::last].tolist() == [2, 2]
+
+
 def test_route_as_on_a_gpu_is_the_same(monkeypatch):
   ids = jnp.asarray(np.random.default_rng(0).integers(-1, 5, (3, 6, 2)))
   batched = jax.vmap(functools.partial(routing.route, num_experts=4))

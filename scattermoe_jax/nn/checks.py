@@ -56,6 +56,16 @@ def check_choices(module: str, x: Any, gates: Any, expert_ids: Any) -> None:
     )
 
 
+def check_routing(module: str, routing: Routing, num_experts: int) -> None:
+  """Raises unless a routing is of as many experts as the module has."""
+  if routing.num_experts != num_experts:
+    raise ValueError(
+      f"{module}: expert_ids is a Routing of {routing.num_experts} experts, "
+      f"but num_experts = {num_experts}; route to the experts there are: "
+      f"route(ids, {num_experts})."
+    )
+
+
 def check_mask(function: str, mask: Any, shape: tuple[int, ...]) -> None:
   """Raises unless a mask is None or bool and of the shape of the tokens."""
   if mask is None:

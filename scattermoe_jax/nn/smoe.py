@@ -115,6 +115,7 @@ class SMoEMLP(nn.Module):
           "first (scattermoe_jax.nn.lora.merge)."
         )
       if isinstance(expert_ids, Routing):
+        checks.check_routing("SMoEMLP", expert_ids, self.num_experts)
         # Each device makes its own routing, of the experts it has.
         expert_ids = take_rows(expert_ids.expert_ids, expert_ids.grouped_ids)
       y = sharding.smoe_mlp(
@@ -354,7 +355,9 @@ class SMoEBlock(nn.Module):
 
   @property
   def _shared_width(self) -> int:
-    return self.d_shared or self.num_shared_experts * self.d_expert
+    if self.d_shared is not None:
+      return self.d_shared
+    return self.num_shared_experts * self.d_expert
 
   def _shared(self, rows):
     dense_fields: dict[str, Any] = dict(

@@ -43,6 +43,14 @@ class Activation:
   up_offset: float = 0.0
   is_exponential: bool = False
 
+  def __post_init__(self):
+    """Raises ValueError where a field of gated ones is set without a gate."""
+    if not self.gated and (self.limit is not None or self.up_offset):
+      raise ValueError(
+        f"Activation: limit = {self.limit} and up_offset = {self.up_offset} "
+        "are for gated = True, got gated = False; clamp in value_and_slope."
+      )
+
   def apply(self, h: Float[Array, "*rows m"]) -> Float[Array, "*rows n"]:
     """Returns a, computed in float32 or wider, in the dtype of h."""
     wide = h.astype(accumulator_dtype(h.dtype))
