@@ -549,3 +549,5 @@ def test_attention_implementation_is_one_that_there_is():
     ValueError, match=re.escape(f"attend: implementation {known}")
   ):
     smnn.attend(q, q, q, implementation="flash", sinks=jnp.ones((2,)))
+  with pytest.raises(ValueError, match="'cudnn' has no sinks; use None or"):
+    smnn.attend(q, q, q, implementation="cudnn", sinks=jnp.ones((2,)))

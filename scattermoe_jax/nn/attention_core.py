@@ -149,8 +149,8 @@ def attend(
 
   Raises:
     ValueError: if shapes disagree, the cache has fewer slots than there are
-      tokens, a window or a cache comes without `causal`, or the implementation
-      is none of these.
+      tokens, a window or a cache comes without `causal`, the implementation is
+      none of these, or sinks are given to cuDNN, which has none.
     TypeError: if dtypes disagree, or what should be an array is not one.
 
   Source: `jax.nn.dot_product_attention`; sinks as transformers' gpt-oss.
@@ -158,6 +158,10 @@ def attend(
   checks.check_one_of(
     "attend", "implementation", implementation, IMPLEMENTATIONS
   )
+  if sinks is not None and implementation == "cudnn":
+    raise ValueError(
+      "attend: implementation='cudnn' has no sinks; use None or 'xla'."
+    )
   checks.check_window("attend", sliding_window)
   is_self = causal or cache is not None or segment_ids is not None
   _check_heads(query, key, value, sinks, is_self)

@@ -8,9 +8,9 @@ from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Of a warpgroup's threads the first of so many arrives at a cluster's barrier
-# in its first block, the first of the next at that in its second block: JAX's
-# `CollectiveBarrierRef.arrive` (jax.experimental.mosaic.gpu.utils).
+# Thread 0 of a warpgroup arrives at a cluster's barrier in its first block,
+# thread 8 at that in its second: so does JAX's `CollectiveBarrierRef.arrive`
+# (jax.experimental.mosaic.gpu.utils).
 THREADS_TO_ARRIVE = 8
 
 

@@ -119,7 +119,7 @@ class StoreRows(Epilogue):
   def hold(self, plan, accs, tile, extra, rows):
     bias = extra[0] if self.bias is not None else None
     column = tile.index_n * plan.part_n
-    y = _add_bias(accs[0], bias, plan, tile, column)
+    y = _add_bias(accs[0], bias, tile, column)
     held = [y.astype(plan.dtype)]
     if self.scattered_ids is not None:
       held.append(rows.look_up(extra[-1], tile.row, tile.end, plan.part_m))
@@ -188,7 +188,7 @@ class Activate(Epilogue):
         h = []
         for i in range(plan.halves):
           sums, first = accs[i][:, columns], column + i * half
-          h.append(_add_bias(sums, bias, plan, tile, first))
+          h.append(_add_bias(sums, bias, tile, first))
           if self.keep_h:
             ring.send(h[i], h_out[0], first)
         ring.send(_activate(self.activation, h), a_out, column)
@@ -308,7 +308,7 @@ def _pad_bias(bias: Float[Array, "E n"], width: int) -> Float[Array, "E+1 _"]:
   return jnp.pad(bias, ((0, 1), (0, width - bias.shape[1])))
 
 
-def _add_bias(sums, bias, plan, tile, column):
+def _add_bias(sums, bias, tile, column):
   """Adds the expert's bias, from that column on, to every row of sums."""
   if bias is None:
     return sums

@@ -17,9 +17,8 @@ CONSUMERS = 2
 # Tiles start at multiples of 8 rows, as TMA asks of rows that it copies for the
 # tensor core or the epilogue. All products do, so that they share one schedule.
 ALIGN = 8
-# Of an expert's columns that are multiplied, from which on blocks load them in
-# pairs: of products of six layers those above gained by it or were the same,
-# those below lost or were the same.
+# From so many bytes of an expert's columns on, blocks load them in pairs. In six
+# layers no product above lost by it, and none below gained.
 _LARGE_BYTES = 4 * 2**20
 
 

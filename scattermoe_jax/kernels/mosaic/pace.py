@@ -4,7 +4,7 @@ Side by side in the order of tiles, blocks read the same rows and the same
 weights, each from the first column of the contraction to the last. Left alone
 they drift apart, and half as much again comes from HBM; on a card at its power
 limit, bytes are clock. So a loader reports every 32 steps, and waits until the
-blocks have reported as often as it, on average, but once:
+blocks' average number of reports is at most one behind its own:
 
   reports of all blocks >= epoch * blocks     epoch: reports of this one before
 

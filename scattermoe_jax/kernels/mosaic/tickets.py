@@ -15,8 +15,8 @@ A cluster of blocks draws one ticket for as many numbers as it has blocks, and
 each takes its own: of ticket q, block b of n takes number n q + b. The first
 block's loader writes it into the rings of all; all meet at the barriers.
 
-The loader may draw only what the others can reach by what it has announced:
-else it waits for a place, and they for a step.
+The loader announces every step that it has loaded before it draws: else it may
+wait for a place in the ring, and the others for a step.
 
 Source: dynamic tile schedulers of persistent kernels, such as CUTLASS's
 (NVIDIA, include/cutlass/gemm/kernel/sm90_tile_scheduler*.hpp) and the
