@@ -17,7 +17,7 @@ CONSUMERS = 2
 # Tiles start at multiples of 8 rows, as TMA asks of rows that it copies for the
 # tensor core or the epilogue. All products do, so that they share one schedule.
 ALIGN = 8
-# From so many bytes of an expert's columns on, blocks load them in pairs. In six
+# From so many bytes of an expert's columns on, blocks load in pairs. In six
 # layers no product above lost by it, and none below gained.
 _LARGE_BYTES = 4 * 2**20
 
