@@ -3,6 +3,7 @@
 #   make demo          trains a small language model on this machine
 #   make test          the tests, on the newest JAX
 #   make test-oldest   the tests, on the oldest JAX supported
+#   make test-slow     those too long for every change
 #   make check         formatting, lint and types
 
 # The newest JAX needs Python 3.12; the oldest supported one runs on 3.11.
@@ -11,7 +12,7 @@ PYTHON ?= $(call pick,python3.12 python3.13 python3.11 python3)
 OLDEST_PYTHON ?= $(call pick,python3.11 python3.12 python3.13 python3)
 WORKERS ?= 2
 
-.PHONY: demo test test-oldest check clean
+.PHONY: demo test test-slow test-oldest check clean
 
 # Large pages for large arrays: half the time in the kernel, on Linux (glibc).
 demo: .venv/ready
@@ -20,10 +21,13 @@ demo: .venv/ready
 
 # A module's tests share what they compile, so one worker takes them all; the
 # modules go in the order of tests/conftest.py.
-PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = -m pytest -rs -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: .venv/ready
 	.venv/bin/python $(PYTEST)
+
+test-slow: .venv/ready
+	.venv/bin/python $(PYTEST) -m slow
 
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/python $(PYTEST)
