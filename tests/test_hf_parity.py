@@ -26,7 +26,7 @@ from scattermoe_jax.models.training import cross_entropy
 from scattermoe_jax.nn import Router, SMoEBlock
 from tests.families import FAMILY_ENTRIES
 
-# Relative to the largest value. Float32 sums in another order gave at most 3.1e-7
+# Relative to the largest value. Float32 sums in another order gave up to 3.1e-7
 # and 2.1e-6 (docs/checkpoints.md).
 LOGITS, GRADS = 1e-5, 1e-4
 

@@ -96,3 +96,11 @@ def test_windows_cover_every_row_once_and_start_aligned(
   assert covered == list(range(num_rows))
   for unused in (windows.first_rows, windows.begins, windows.ends):
     assert not np.any(unused[num_tiles:])
+
+
+def test_windows_added_after_the_groups_leave_room_for_rows_of_none():
+  # A window of three rows, one added to make two, and one of a row of none.
+  windows = window_schedule(jnp.array([3], jnp.int32), 4, 8, multiple=2)
+  assert int(windows.num_tiles) == 3
+  assert windows.first_rows.tolist() == [0, 0, 3, 0]
+  assert windows.ends.tolist() == [3, 0, 1, 0]
