@@ -49,6 +49,23 @@ def tiles_per_step(block_m: int, d_in: int, d_out: int, itemsize: int) -> int:
   return max(2**28 // copied, 1)
 
 
+def _tile(
+  routing: Routing,
+  d_in: int,
+  d_out: int,
+  itemsize: int,
+  block_m: int | None,
+  step_tiles: int | None,
+) -> tuple[int, int]:
+  """Returns the rows of a tile and the tiles of a step, if not given."""
+  block_m = block_m or block_rows(routing.num_rows, routing.num_experts)
+  if step_tiles is None:
+    step_tiles = tiles_per_step(block_m, d_in, d_out, itemsize)
+    if step_tiles > 1:
+      block_m *= 2  # so that most experts are one tile
+  return block_m, step_tiles
+
+
 def scatter2scatter(
   x: Float[Array, "rows d"],
   w: Float[Array, "E _ _"],
@@ -85,11 +102,8 @@ def scatter2scatter(
   d_in, d_out = x.shape[1], w.shape[1 if transpose_w else 2]
   if num_rows == 0:
     return jnp.zeros((0, d_out), x.dtype)
-  block_m = block_m or block_rows(num_rows, routing.num_experts)
-  if step_tiles is None:
-    step_tiles = tiles_per_step(block_m, d_in, d_out, x.dtype.itemsize)
-    if step_tiles > 1:
-      block_m *= 2  # so that most experts are one tile
+  widths = d_in, d_out, x.dtype.itemsize
+  block_m, step_tiles = _tile(routing, *widths, block_m, step_tiles)
   tiles = tile_schedule(routing.group_sizes, num_rows, block_m)
   step_tiles = min(step_tiles, tiles.expert_ids.shape[0])
   x_rows = input_rows(routing, x.shape[0], grouped=grouped_in)
@@ -151,11 +165,8 @@ def group_xty(
   xty = jnp.zeros((num_experts, d_in, d_out), x.dtype)
   if num_rows == 0:
     return xty
-  block_m = block_m or block_rows(num_rows, num_experts)
-  if step_tiles is None:
-    step_tiles = tiles_per_step(block_m, d_in, d_out, x.dtype.itemsize)
-    if step_tiles > 1:
-      block_m *= 2  # so that most experts are one tile
+  widths = d_in, d_out, x.dtype.itemsize
+  block_m, step_tiles = _tile(routing, *widths, block_m, step_tiles)
   tiles = tile_schedule(routing.group_sizes, num_rows, block_m)
   step_tiles = min(step_tiles, tiles.expert_ids.shape[0])
   sides = (
