@@ -144,13 +144,58 @@ def test_an_unexpected_tensor_is_named(mixtral):
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     ({"hidden_act": "tanh"}, "'tanh'"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantised as 'fp8'"),
+    ({"quantization_config": "x"}, "quantization_config = 'x' is no object"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "rotary .* lacks .*'factor'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+     "lacks .*'original_max_position_embeddings'"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": [2]}},
+     r"factor = \[2\] is no number"),
+    ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn' is no object"),
+    ({"rope_scaling": []}, r"rope_scaling = \[\] is no object"),
+    ({"rope_parameters": 3}, "rope_parameters = 3 is no object"),
+    ({"rope_theta": [1e6]}, r"rope_theta = \[1000000.0\] is no number"),
+    ({"num_attention_heads": 0, "head_dim": None, "num_key_value_heads": None},
+     "num_heads must be at least 1, got 0"),
+    ({"hidden_size": [32]}, r"hidden_size = \[32\] is no integer"),
+    ({"num_hidden_layers": [2]}, r"num_hidden_layers = \[2\] is no integer"),
+    ({"num_hidden_layers": True}, "num_hidden_layers = True is no integer"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5' is no number"),
+    ({"hidden_act": ["silu"]}, r"hidden_act = \['silu'\] is no string"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1 is no boolean"),
+    ({"torch_dtype": "fp16"}, "config.json: torch_dtype = 'fp16' .*'float16'"),
+    ({"dtype": "int8"}, "config.json: dtype = 'int8' is not supported, only"),
+    ({"torch_dtype": 16}, "torch_dtype = 16 is no string"),
   ],
-)
+)  # fmt: skip
 def test_a_config_that_we_cannot_compute_is_refused(mixtral, change, message):
   path = mixtral / "config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | change))
   with pytest.raises(checkpoints.CheckpointError, match=message):
     checkpoints.load(mixtral)
+
+
+@pytest.mark.parametrize(
+  ("family", "change", "message"),
+  [
+    ("qwen3_moe", {"mlp_only_layers": 0}, "mlp_only_layers = 0 is no list"),
+    ("qwen3_moe", {"decoder_sparse_step": "2"}, "step = '2' is no integer"),
+    ("qwen3_moe", {"norm_topk_prob": "no"}, "norm_topk_prob = 'no' is no bool"),
+    ("gpt_oss", {"layer_types": 0}, "layer_types = 0 is no list"),
+    ("gpt_oss", {"num_hidden_layers": [2]}, r"layers = \[2\] is no integer"),
+    (
+      "olmoe",
+      {"num_attention_heads": 0},
+      "num_heads must be at least 1, got 0",
+    ),
+    ("jetmoe", {"num_local_experts": [5]}, r"experts = \[5\] is no integer"),
+  ],
+)
+def test_an_entry_of_another_kind_is_refused(family, change, message):
+  entries = FAMILY_ENTRIES[family] | change
+  with pytest.raises(
+    checkpoints.CheckpointError, match=f"config.json: .*{message}"
+  ):
+    config_from_entries(entries, "config.json")
 
 
 def test_an_index_that_lies_is_refused(mixtral):

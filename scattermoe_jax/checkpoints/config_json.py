@@ -22,8 +22,51 @@ CONFIG_NAME = "config.json"
 # Fields that say how to compute, not what: no config.json speaks of them.
 _NOT_STORED = ("dtype", "param_dtype", "remat", "implementation")
 
-_INTEGERS = {
-  field.name for field in dataclasses.fields(ModelConfig) if field.type is int
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+# Kinds of JSON values, as messages call them.
+_KINDS: dict[str, tuple[type, ...]] = {
+  "integer": (int,),
+  "number": (int, float),
+  "boolean": (bool,),
+  "string": (str,),
+  "list": (list,),
+  "object": (dict,),
+}
+# The kind of an entry, by the type of the field of ours that it fills.
+_KIND_OF_TYPE: dict[Any, str] = {
+  int: "integer",
+  int | None: "integer",
+  float: "number",
+  float | None: "number",
+  bool: "boolean",
+  str: "string",
+  tuple[int, ...]: "list",
+  tuple[int, ...] | None: "list",
+}
+_KIND_OF_FIELD = {
+  field.name: _KIND_OF_TYPE.get(field.type)
+  for field in dataclasses.fields(ModelConfig)
+}
+# Entries that fill no field as they are.
+_KIND_OF_ENTRY = {
+  "decoder_sparse_step": "integer",
+  "dtype": "string",
+  "norm_topk_prob": "boolean",
+  "quantization_config": "object",
+  "rope_parameters": "object",
+  "rope_scaling": "object",
+  "rope_theta": "number",
+  "torch_dtype": "string",
+}
+_KIND_IN_ROPE = {
+  "attention_factor": "number",
+  "beta_fast": "number",
+  "beta_slow": "number",
+  "factor": "number",
+  "original_max_position_embeddings": "integer",
+  "rope_theta": "number",
+  "truncate": "boolean",
 }
 
 
@@ -56,11 +99,15 @@ def config_from_entries(entries: Entries, where: str) -> ModelConfig:
     CheckpointError: if the family is unknown, an entry is missing, or it says
       something that `Transformer` does not compute.
   """
+  _check_kinds(entries, _KIND_OF_ENTRY, where)
   if entries.get("model_type") == OWN_FAMILY:
     if not isinstance(entries.get("model"), dict):
       raise CheckpointError(f"{where} lacks the entry 'model'.")
     return _checked(ModelConfig.from_dict, entries["model"], where)
   family = get_family(entries.get("model_type"), where)
+  for field in family.fields:
+    kind = _KIND_OF_FIELD[field.ours]
+    _check_kinds(entries, {field.theirs: kind, field.alias: kind}, where)
   for key, supported in family.entries.items():
     if entries.get(key, supported) != supported:
       raise CheckpointError(
@@ -77,14 +124,26 @@ def config_from_entries(entries: Entries, where: str) -> ModelConfig:
         raise CheckpointError(f"{where} lacks the entry {field.theirs!r}.")
       default = field.default
       value = default(entries) if callable(default) else default
-    if isinstance(value, str) and field.ours in _INTEGERS:
-      raise CheckpointError(
-        f"{where}: {field.theirs} = {value!r} is no integer."
-      )
     ours[field.ours] = field.read(value, entries) if field.read else value
   ours |= family.derive(ours)
   ours |= _read_rope(entries, family, where)
   return _checked(lambda fields: ModelConfig(**fields), ours, where)
+
+
+def read_dtype(entries: Entries, where: str) -> str:
+  """Returns the dtype that a family's config.json gives its weights.
+
+  Raises:
+    CheckpointError: if it is none that `Transformer` computes in.
+  """
+  for key in ("dtype", "torch_dtype"):
+    if dtype := entries.get(key):
+      if dtype not in _DTYPES:
+        raise CheckpointError(
+          f"{where}: {key} = {dtype!r} is not supported, only {_DTYPES}."
+        )
+      return dtype
+  return "float32"
 
 
 def config_to_entries(config: ModelConfig, family_name: str) -> dict[str, Any]:
@@ -124,6 +183,18 @@ def get_family(model_type: object, where: str) -> Family:
       f"{sorted(FAMILIES)}."
     )
   return FAMILIES[model_type]
+
+
+def _check_kinds(entries: Entries, kinds, where: str) -> None:
+  """Raises CheckpointError if an entry that is there is of another kind."""
+  for key, kind in kinds.items():
+    value = entries.get(key)
+    if value is None or kind is None:
+      continue
+    # For Python, true and false are integers.
+    is_wrong_bool = isinstance(value, bool) and kind != "boolean"
+    if is_wrong_bool or not isinstance(value, _KINDS[kind]):
+      raise CheckpointError(f"{where}: {key} = {value!r} is no {kind}.")
 
 
 def _checked(make, fields, where: str) -> ModelConfig:
@@ -179,6 +250,7 @@ def _read_rope(entries: Entries, family: Family, where: str) -> dict[str, Any]:
   rope = entries.get("rope_parameters")
   if rope is None:
     rope = entries.get("rope_scaling", default) or {}
+  _check_kinds(rope, _KIND_IN_ROPE, where)
   theta = rope.get("rope_theta", default["rope_theta"])
   partial = rope.get("partial_rotary_factor")
   if partial is None:
@@ -195,6 +267,11 @@ def _read_rope(entries: Entries, family: Family, where: str) -> dict[str, Any]:
       f"{where}: the rotary embedding {dict(rope)} is not supported, only "
       "'default' and 'yarn' without mscale."
     )
+  for key in ("factor", "original_max_position_embeddings"):
+    if rope.get(key) is None:
+      raise CheckpointError(
+        f"{where}: the rotary embedding {dict(rope)} lacks the entry {key!r}."
+      )
   return {
     "rope_theta": theta,
     "rope_scaling": RopeScaling(

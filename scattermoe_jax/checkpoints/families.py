@@ -89,7 +89,10 @@ _HEADS = (
   Field(
     "head_dim",
     "head_dim",
-    lambda entries: entries["hidden_size"] // entries["num_attention_heads"],
+    # Of 0 heads, ModelConfig complains.
+    lambda entries: (
+      entries["hidden_size"] // max(entries["num_attention_heads"], 1)
+    ),
   ),
 )
 _SLIDING_WINDOW = Field("sliding_window", "sliding_window", None)

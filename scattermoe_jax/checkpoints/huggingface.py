@@ -24,6 +24,7 @@ from scattermoe_jax.checkpoints.config_json import (
   CONFIG_NAME,
   config_from_entries,
   config_to_entries,
+  read_dtype,
   read_entries,
 )
 from scattermoe_jax.checkpoints.errors import CheckpointError
@@ -129,7 +130,7 @@ def read_config(
   if dtype is None:
     if entries["model_type"] == OWN_FAMILY:
       return config
-    dtype = entries.get("dtype") or entries.get("torch_dtype") or "float32"
+    dtype = read_dtype(entries, str(path))
   return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
 
 
