@@ -351,6 +351,34 @@ def test_the_base_of_rotary_frequencies_is_above_zero(theta):
     smnn.rotary_embedding(HEADS, IDS[:, :, 0], theta=theta)
 
 
+def refuses_scaling(message, theta=10000.0, **numbers):
+  """Asserts that the function and a module refuse a scaling so."""
+  numbers = {"factor": 4.0, "original_max_positions": 8, **numbers}
+  scaling = smnn.RopeScaling(**numbers)
+  message = f"rotary_embedding: {message}"
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    smnn.rotary_embedding(HEADS, IDS[:, :, 0], theta=theta, scaling=scaling)
+  module = moa(rope_theta=theta, rope_scaling=scaling)
+  refuses(ValueError, message, module, ONES)
+
+
+@pytest.mark.parametrize("got", [0, -1, float("nan")])
+@pytest.mark.parametrize(
+  "field", ["factor", "original_max_positions", "beta_fast", "beta_slow"]
+)
+def test_the_numbers_of_a_scaling_are_above_zero(field, got):
+  message = f"scaling.{field} must be above 0, got {got}."
+  refuses_scaling(message, **{field: got})
+
+
+@pytest.mark.parametrize("theta", [1, 1.0, 0.5])
+def test_a_scaling_needs_slower_and_faster_rotations(theta):
+  message = f"theta must be above 1 with a scaling, got {theta}; no rotation"
+  refuses_scaling(message, theta=theta)
+  # Without one, all may turn at the same speed.
+  smnn.rotary_embedding(HEADS, IDS[:, :, 0], theta=theta)
+
+
 @pytest.mark.parametrize("window", [0, -1])
 def test_a_window_holds_at_least_the_token_itself(window):
   message = f"sliding_window must be at least 1, got {window}."

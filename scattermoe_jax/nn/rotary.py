@@ -53,7 +53,8 @@ def rotary_embedding(
     The dtype of x; the angles are float32, so exact up to 2^24 positions.
 
   Raises:
-    ValueError: if shapes disagree, d_head is odd, or theta is not above 0.
+    ValueError: if shapes disagree, d_head is odd, theta is not above 0 (1 with
+      a scaling), or a number of the scaling is not above 0.
 
   Source: RoFormer (Su et al., 2021, arXiv 2104.09864), in the half-split order
   of GPT-NeoX and Llama.
@@ -63,6 +64,8 @@ def rotary_embedding(
   checks.check_array(function, "positions", positions)
   checks.check_ids(function, x.shape[:2], positions=positions)
   checks.check_positive(function, theta=theta)
+  if scaling is not None:
+    _check_scaling(function, theta, scaling)
   frequencies, magnitude = _frequencies(x.shape[-1], theta, scaling)
   wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
   angles = positions[:, :, None].astype(wide) * jnp.asarray(
@@ -73,6 +76,19 @@ def rotary_embedding(
   first, second = jnp.split(x.astype(wide), 2, axis=-1)
   turned = [first * cos - second * sin, second * cos + first * sin]
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _check_scaling(function: str, theta: float, scaling: RopeScaling) -> None:
+  """Raises unless there are logarithms of the numbers, and a quotient."""
+  names = ("factor", "original_max_positions", "beta_fast", "beta_slow")
+  numbers = {f"scaling.{name}": getattr(scaling, name) for name in names}
+  checks.check_positive(function, **numbers)
+  if theta <= 1:
+    raise ValueError(
+      f"{function}: theta must be above 1 with a scaling, got {theta}; no "
+      "rotation is slower than another. Pass pre-training's theta, or "
+      "scaling=None."
+    )
 
 
 def _frequencies(
