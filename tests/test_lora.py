@@ -222,13 +222,23 @@ def test_a_of_a_stack_is_as_large_as_of_one_layer():
     (dict(targets="w_uot"), r"named \['w_uot'\]; of 3"),
     (dict(stacked_axes=1), r"named \[.*\]; of 4 axes they have \[\]"),
     (dict(rank=0), "rank must be at least 1, got 0"),
+    (dict(stacked_axes=-1), "stacked_axes must be at least 0, got -1"),
   ],
-  ids=["none", "one-of-two", "matrix", "alone", "stacked", "rank"],
+  ids=["none", "one-of-two", "matrix", "alone", "stacked", "rank", "axes"],
 )
 def test_what_cannot_be_adapted_is_said(options, message):
   params = random_variables(ModelConfig(num_layers=1))["params"]
   with pytest.raises(ValueError, match=f"init_adapters: .*{message}"):
     lora.init_adapters(jax.random.key(0), params, **{"rank": 2, **options})
+
+
+@pytest.mark.parametrize("got", [True, 1.5, "1", None])
+@pytest.mark.parametrize("name", ["rank", "stacked_axes"])
+def test_numbers_of_adapters_are_ints(unchecked, name, got):
+  params = {"w_out": normal(E, N, D)}
+  message = f"^init_adapters: {name} must be a static int, got {got!r}"
+  with pytest.raises(TypeError, match=message):
+    lora.init_adapters(jax.random.key(0), params, **{"rank": 2, name: got})
 
 
 def test_one_name_of_a_weight_is_enough():

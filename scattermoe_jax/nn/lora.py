@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Float
 
+from scattermoe_jax.nn import checks
 from scattermoe_jax.ops import (
   Activation,
   combine,
@@ -68,10 +69,11 @@ def init_adapters(
 
   Raises:
     ValueError: if a name is that of no such weight, some experts' weights have
-      another number of axes, or the rank is below 1.
+      another number of axes, the rank is below 1, or stacked_axes below 0.
+    TypeError: if either is no static int.
   """
-  if rank < 1:
-    raise ValueError(f"init_adapters: rank must be at least 1, got {rank}.")
+  checks.check_ints("init_adapters", rank=rank)
+  checks.check_ints("init_adapters", least=0, stacked_axes=stacked_axes)
   weights = _targeted(params, targets, stacked_axes)
   init_a = jax.nn.initializers.lecun_normal(
     batch_axis=tuple(range(1 + stacked_axes))
