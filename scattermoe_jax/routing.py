@@ -92,7 +92,12 @@ def route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
     >>> route(jnp.array([[2, 0], [1, 2], [0, 1]]), 3).scattered_ids.tolist()
     [1, 4, 2, 5, 0, 3]
   """
-  _check_expert_ids(expert_ids, num_experts)
+  _check_expert_ids("route", expert_ids, num_experts)
+  if expert_ids.shape[1] > num_experts:
+    raise ValueError(
+      f"route: k = {expert_ids.shape[1]} experts per token, but there are only "
+      f"num_experts = {num_experts}."
+    )
   return _route(expert_ids, num_experts)
 
 
@@ -108,12 +113,19 @@ def route_local(
     first_expert: the first expert of this device.
     num_experts: experts of this device; k may be above it.
 
+  Raises:
+    TypeError, ValueError, NotImplementedError: as `route`, but for k.
+
   Example:
     >>> route_local(jnp.array([[2, 0], [1, 3]]), 2, 2).group_sizes.tolist()
     [1, 1]
   """
-  expert_ids = expert_ids.astype(jnp.int32)
-  return _route(expert_ids - jnp.int32(first_expert), num_experts)
+  _check_expert_ids("route_local", expert_ids, num_experts)
+  if jnp.iinfo(expert_ids.dtype).bits < 32:
+    expert_ids = expert_ids.astype(jnp.int32)
+  # In the dtype of the ids: beyond int32 they are experts of nobody.
+  local_ids = expert_ids - jnp.asarray(first_expert).astype(expert_ids.dtype)
+  return _route(local_ids, num_experts)
 
 
 def _route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
@@ -239,50 +251,47 @@ def _inverse(permutation: Int[Array, " S"]) -> Int[Array, " S"]:
   )
 
 
-def _check_expert_ids(expert_ids, num_experts: int) -> None:
+def _check_expert_ids(function: str, expert_ids, num_experts: int) -> None:
   if not is_static_int(num_experts):
     raise TypeError(
-      "route: num_experts must be a static int, a shape depends on it; got "
-      f"{num_experts!r}. For jax.jit: functools.partial(route, num_experts=8), "
-      "or static_argnums=1."
+      f"{function}: num_experts must be a static int, a shape depends on it; "
+      f"got {num_experts!r}. For jax.jit: functools.partial({function}, "
+      "num_experts=8), or static_argnums=1."
     )
   if not hasattr(expert_ids, "dtype"):
     raise TypeError(
-      "route: expert_ids must be an array of integers, got a "
+      f"{function}: expert_ids must be an array of integers, got a "
       f"{type(expert_ids).__name__}; jnp.asarray makes one."
     )
   if axes := split_axes(expert_ids):
     raise NotImplementedError(
-      f"route: expert_ids is split over {axes}, mesh axes of explicit type, "
-      "and a routing is of all tokens; use scattermoe_jax.sharding, or call it "
-      "inside jax.shard_map."
+      f"{function}: expert_ids is split over {axes}, mesh axes of explicit "
+      "type, and a routing is of all tokens; use scattermoe_jax.sharding, or "
+      "call it inside jax.shard_map."
     )
   dtype = jnp.result_type(expert_ids)
   if not jnp.issubdtype(dtype, jnp.integer):
     raise TypeError(
-      f"route: expert_ids must be integers, got {dtype}; pass the ids that "
-      "jax.lax.top_k returns."
+      f"{function}: expert_ids must be integers, got {dtype}; pass the ids "
+      "that jax.lax.top_k returns."
     )
   if jnp.ndim(expert_ids) != 2:
     raise ValueError(
-      f"route: expert_ids must have shape (T, k), got {jnp.shape(expert_ids)}; "
-      "flatten batch and sequence into T."
+      f"{function}: expert_ids must have shape (T, k), got "
+      f"{jnp.shape(expert_ids)}; flatten batch and sequence into T."
     )
   if not all(map(is_static_int, expert_ids.shape)):
     raise ValueError(
-      f"route: expert_ids has a symbolic shape, {expert_ids.shape}, and the "
-      "tiles of a product depend on T; export one program for each batch size."
+      f"{function}: expert_ids has a symbolic shape, {expert_ids.shape}, and "
+      "the tiles of a product depend on T; export one program for each batch "
+      "size."
     )
   if num_experts < 1:
     raise ValueError(
-      f"route: num_experts must be at least 1, got {num_experts}."
+      f"{function}: num_experts must be at least 1, got {num_experts}."
     )
   if not expert_ids.shape[1]:
     raise ValueError(
-      f"route: expert_ids has shape {expert_ids.shape}; k must be at least 1."
-    )
-  if expert_ids.shape[1] > num_experts:
-    raise ValueError(
-      f"route: k = {expert_ids.shape[1]} experts per token, but there are only "
-      f"num_experts = {num_experts}."
+      f"{function}: expert_ids has shape {expert_ids.shape}; k must be at "
+      "least 1."
     )

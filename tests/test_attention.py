@@ -243,6 +243,18 @@ def test_cache_holds_the_heads_of_one_expert():
   assert size(cache.key) + size(cache.value) == 2048
 
 
+def test_an_empty_cache_can_be_donated():
+  longer = jax.jit(lambda c: c._replace(length=c.length + 1), donate_argnums=0)
+  assert longer(smnn.KVCache.empty(1, 8, 2, 4)).length == 1
+
+
+def test_padding_of_wide_numpy_arrays_is_finite(unchecked):
+  q = np.random.default_rng(0).normal(size=(1, 2, 2, 8))
+  got, _ = smnn.attend(q, q, q, segment_ids=jnp.array([[1, 0]]))
+  assert got.dtype == jnp.float32
+  assert jnp.isfinite(got).all()
+
+
 def test_sinks_take_part_and_have_no_value():
   rng = np.random.default_rng(0)
   q = jnp.asarray(rng.normal(size=(B, L, 4, C)), jnp.float32)

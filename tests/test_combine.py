@@ -94,6 +94,12 @@ def test_sum_choices_is_combine_with_gates_of_one(x64):
   assert_accurate(sum_choices(y, routing), ones, None)
 
 
+def test_combine_calls_what_is_wrong_by_its_name(unchecked):
+  routing = route(jnp.zeros((3, 1), jnp.int32), 1)
+  with pytest.raises(TypeError, match="combine: y must be"):
+    combine(jnp.ones((3, 2), jnp.int32), jnp.ones((3, 1)), routing)
+
+
 def test_no_tokens_combine_to_no_rows():
   routing = route(jnp.zeros((0, 2), jnp.int32), 3)
   assert combine(jnp.ones((0, 4)), jnp.ones((0, 2)), routing).shape == (0, 4)

@@ -318,10 +318,12 @@ def test_dense_twin_has_as_many_active_params_but_for_routers(attention):
   assert config.dense_twin().dense_twin() == config.dense_twin()
 
 
-def test_config_survives_json():
+def test_config_survives_json(unchecked):
   config = dataclasses.replace(TINY, **FAMILIES["gpt-oss"])
   text = json.dumps(config.to_dict())
   assert ModelConfig.from_dict(json.loads(text)) == config
+  named = dataclasses.replace(TINY, dtype="bfloat16")
+  assert dataclasses.replace(TINY, dtype=jnp.bfloat16) == named
   with pytest.raises(ValueError, match=r"unknown fields \['d_modell'\]"):
     ModelConfig.from_dict({"d_modell": 3})
 
@@ -347,6 +349,8 @@ def test_config_survives_json():
     ),
     ({"d_ff": -1}, r"d_ff must be at least 0, got -1"),
     ({"dense_layers": (2,)}, r"dense_layers = \(2,\) .* 2 layers"),
+    ({"dtype": "bf16"}, r"dtype = 'bf16' is no floating-point dtype; such"),
+    ({"param_dtype": "int8"}, r"param_dtype = 'int8' is no floating-point"),
   ],
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

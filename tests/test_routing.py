@@ -110,6 +110,22 @@ def test_ids_beyond_int32_are_not_here(x64):
   assert route(ids, 2).group_sizes.tolist() == [1, 1]
 
 
+def test_ids_beyond_int32_are_local_nowhere(x64):
+  ids = jnp.array([[2**32 + 2, 3], [2, 2**32 + 3]], jnp.int64)
+  assert routing.route_local(ids, 2, 2).group_sizes.tolist() == [1, 1]
+
+
+def test_route_local_says_what_is_wrong(unchecked):
+  with pytest.raises(
+    TypeError, match="route_local: expert_ids must be an array"
+  ):
+    routing.route_local([[0, 1]], 0, 2)
+  with pytest.raises(
+    TypeError, match="route_local: expert_ids must be integers"
+  ):
+    routing.route_local(jnp.ones((2, 2)), 0, 2)
+
+
 def test_no_tokens_make_an_empty_routing():
   got = route(jnp.zeros((0, 2), jnp.int32), 3)
   assert got.grouped_ids.shape == (0, 2)

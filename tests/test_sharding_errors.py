@@ -58,6 +58,16 @@ BAD_IDS = {
   ),
 }
 BAD_MLP = {
+  "w_in_of_fewer_experts": (
+    {"w_in": ones(E // 2, d, 2 * n)},
+    ValueError,
+    rf"smoe_mlp: w_in \({E // 2}, .*\) is of {E // 2} experts, w_out .* of {E}",
+  ),
+  "bias_out_of_fewer_experts": (
+    {"bias_out": ones(E // 2, d)},
+    ValueError,
+    rf"smoe_mlp: bias_out .* is of {E // 2} experts, w_out .* of {E}",
+  ),
   "8_gates": (
     {"gates": ones(8, k)},
     ValueError,

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from scattermoe_jax.nn import ACTIVATIONS, RopeScaling
 from scattermoe_jax.nn.checks import (
   check_ints,
@@ -98,6 +100,8 @@ class ModelConfig:
   implementation: str | None = None  # The backend; None for the first that can.
 
   def __post_init__(self):
+    for name in ("dtype", "param_dtype"):
+      object.__setattr__(self, name, _dtype_name(name, getattr(self, name)))
     _check(self)
 
   def is_moe(self, layer: int) -> bool:
@@ -149,6 +153,20 @@ class ModelConfig:
     if isinstance(fields.get("rope_scaling"), dict):
       fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
     return cls(**fields)
+
+
+def _dtype_name(field: str, dtype: Any) -> str:
+  """Returns the name of a dtype, however it is said."""
+  try:
+    found = jnp.dtype(dtype)
+  except TypeError:
+    found = None
+  if found is None or not jnp.issubdtype(found, jnp.floating):
+    raise ValueError(
+      f"ModelConfig: {field} = {dtype!r} is no floating-point dtype; such are "
+      "'float32' and 'bfloat16'."
+    )
+  return found.name
 
 
 def _check(config: ModelConfig) -> None:

@@ -92,9 +92,7 @@ def generate(
     )
     return token[:, None], output.cache
 
-  # Fields of an empty cache share buffers, which cannot be donated twice.
-  empty = init_cache(model.config, 1, len(prompt_ids) + max_tokens)
-  cache = jax.tree.map(jnp.copy, empty)
+  cache = init_cache(model.config, 1, len(prompt_ids) + max_tokens)
   tokens = jnp.asarray([prompt_ids], jnp.int32)
   key = jax.random.key(seed)
   for i in range(max_tokens):

@@ -72,12 +72,13 @@ class KVCache(NamedTuple):
       head_dim=head_dim,
     )
     shape = (batch, capacity, num_heads, head_dim)
-    slots = jnp.zeros((batch, capacity), jnp.int32)
+    # Each a buffer of its own, so that the cache can be donated.
+    slots = (batch, capacity)
     return cls(
       jnp.zeros(shape, dtype),
       jnp.zeros(shape, dtype),
-      slots,
-      slots,
+      jnp.zeros(slots, jnp.int32),
+      jnp.zeros(slots, jnp.int32),
       jnp.zeros((), jnp.int32),
     )
 
@@ -165,6 +166,8 @@ def attend(
   checks.check_window("attend", sliding_window)
   is_self = causal or cache is not None or segment_ids is not None
   _check_heads(query, key, value, sinks, is_self)
+  # NumPy's float64 is wider than what is computed where x64 is off.
+  query, key, value = map(jnp.asarray, (query, key, value))
   checks.check_ids(
     "attend", query.shape[:2], positions=positions, segment_ids=segment_ids
   )

@@ -38,7 +38,7 @@ def combine(
   checks.check_arrays("combine", routing, y=y, gates=gates)
   checks.check_rows("combine", y, routing, grouped=True, name="y")
   checks.check_gates("combine", gates, routing)
-  checks.check_dtypes("combine", y)
+  checks.check_dtypes("combine", y, name="y")
   (y, gates), routing = as_operands((y, gates), routing)
   return _combine(y, gates, routing)
 

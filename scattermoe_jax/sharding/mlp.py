@@ -86,6 +86,17 @@ def smoe_mlp(
   checks.check_weights("smoe_mlp", "w_out", w_out, routing)
   _check_gate_axis("w_in", w_in, 2)
   _check_gate_axis("bias_in", bias_in, 1)
+  # Before they are split: what is left of them on a device says less.
+  for name, array in (
+    ("w_in", w_in),
+    ("bias_in", bias_in),
+    ("bias_out", bias_out),
+  ):
+    if array is not None and array.shape[0] != num_experts:
+      raise ValueError(
+        f"smoe_mlp: {name} {array.shape} is of {array.shape[0]} experts, w_out "
+        f"{w_out.shape} of {num_experts}."
+      )
   num_tokens = routing.num_tokens
   run = functools.partial(_local, axes=axes, options=options)
   weights = (w_in, w_out, bias_in, bias_out)
