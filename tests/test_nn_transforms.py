@@ -222,6 +222,40 @@ def test_mesh_axes_split_the_parameters_and_change_no_number():
   assert_same_tree((got, grads), expected)
 
 
+@pytest.mark.parametrize("role", ["tensor", "fsdp", "expert"])
+def test_shared_experts_run_on_explicit_axes(role):
+  spec = jax.sharding.PartitionSpec
+  axes = sm.sharding.MeshAxes(data="data", **{role: role})
+  fields = dict(num_shared_experts=2, shared_gate=True)
+  plain, meshed = block(**fields), block(mesh_axes=axes, **fields)
+  x = jax.random.normal(jax.random.key(1), (8, L, D))
+  boxed = jax.jit(meshed.init)(jax.random.key(0), x)
+  params = nn.unbox(boxed)["params"]
+  joined = {**params, "experts": sm.sharding.join_gate(params["experts"])}
+
+  def step(module, params, x):
+    def loss(params):
+      y, _ = module.apply({"params": params}, x)
+      return jnp.sum(y * y), y
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+  mesh = jax.make_mesh(
+    (2, 2), ("data", role), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+  )
+  place = lambda a, spec: jax.device_put(
+    a, jax.sharding.NamedSharding(mesh, spec)
+  )
+  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), axes.rules)["params"]
+  with jax.set_mesh(mesh):
+    split = jax.tree.map(place, params, specs)
+    got, grads = step(meshed, split, place(x, spec(axes.tokens)))
+  grads = jax.device_get(grads)
+  grads = {**grads, "experts": sm.sharding.join_gate(grads["experts"])}
+  expected = step(plain, joined, x)
+  assert_same_tree((jax.device_get(got), grads), expected)
+
+
 def test_the_nnx_bridge_trains_a_block():
   x = tokens()
   linen = block(num_shared_experts=1)

@@ -1,5 +1,6 @@
 """The dense MLP: shared experts, and the dense layer of a decoder."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
@@ -86,11 +87,18 @@ class DenseMLP(nn.Module):
     activation = get_activation(
       self.activation, gated=self.gated, function="DenseMLP"
     )
+
+    def compute(rows, w_in, w_out, bias_in, bias_out):
+      h = jnp.matmul(rows, w_in, precision=self.precision)
+      if bias_in is not None:
+        h += bias_in[None, :]
+      y = jnp.matmul(activation.apply(h), w_out, precision=self.precision)
+      return y if bias_out is None else y + bias_out[None, :]
+
     rows = x.reshape(-1, d)
-    h = jnp.matmul(rows, w_in, precision=self.precision)
-    if bias_in is not None:
-      h += bias_in[None, :]
-    y = jnp.matmul(activation.apply(h), w_out, precision=self.precision)
-    if bias_out is not None:
-      y += bias_out[None, :]
-    return y.reshape(x.shape)
+    mesh = jax.sharding.get_abstract_mesh()
+    if self.mesh_axes and jax.sharding.AxisType.Explicit in mesh.axis_types:
+      # Of split weights the compiler chooses what to gather and to add up.
+      spec = jax.typeof(rows).sharding.spec
+      compute = jax.sharding.auto_axes(compute, out_sharding=spec)
+    return compute(rows, w_in, w_out, bias_in, bias_out).reshape(x.shape)
