@@ -359,6 +359,25 @@ def test_contradicting_fields_are_refused(fields, message):
     dataclasses.replace(TINY, **fields)
 
 
+def test_a_model_says_what_it_is_called_with(unchecked):
+  run = lambda ids, cache=None: jax.eval_shape(
+    lambda: Transformer(TINY).init(jax.random.key(0), ids, cache=cache)
+  )
+  ids, cache = jnp.zeros((1, 4), jnp.int32), init_cache(TINY, 1, 8)
+  run(ids, cache)
+  with pytest.raises(ValueError, match=r"input_ids must have shape \(B, L\)"):
+    run(ids[0])
+  with pytest.raises(
+    TypeError, match="input_ids must be integers, got float32"
+  ):
+    run(ids.astype(jnp.float32))
+  for wrong in (cache[0], cache[:1], ()):
+    with pytest.raises(
+      ValueError, match="must be a tuple of 2 KVCache, one per"
+    ):
+      run(ids, wrong)
+
+
 def test_sizes_of_what_a_model_has_not_may_be_zero():
   no_experts = dict(num_experts=0, top_k=0, d_expert=0)
   dense = dataclasses.replace(TINY, ffn="dense", **no_experts)

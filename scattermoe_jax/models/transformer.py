@@ -23,6 +23,7 @@ from scattermoe_jax.nn import (
   consecutive_positions,
   rotary_embedding,
 )
+from scattermoe_jax.nn.checks import check_ids
 from scattermoe_jax.sharding import MeshAxes
 
 
@@ -92,8 +93,20 @@ class Transformer(nn.Module):
         row is one text.
       cache: from `init_cache` or from the previous call; one per layer.
       deterministic: whether routers go without jitter.
+
+    Raises:
+      ValueError: if ids are not (B, L), or caches are not one per layer.
+      TypeError: if ids are no array of integers.
     """
     config = self.config
+    check_ids("Transformer", ("B", "L"), input_ids=input_ids)
+    if cache is not None:
+      kinds = [type(layer).__name__ for layer in cache]
+      if kinds != ["KVCache"] * config.num_layers:
+        raise ValueError(
+          f"Transformer: cache must be a tuple of {config.num_layers} KVCache, "
+          f"one per layer, got {kinds}; init_cache makes it."
+        )
     embed = nn.Embed(
       config.vocab_size,
       config.d_model,
@@ -109,7 +122,9 @@ class Transformer(nn.Module):
       layer = layer_class(
         config, i, deterministic, self.mesh_axes, name=f"layer_{i}"
       )
-      x, *rest = layer(x, positions, segment_ids, cache and cache[i])
+      x, *rest = layer(
+        x, positions, segment_ids, None if cache is None else cache[i]
+      )
       layers.append(rest)
     attention_metrics, ffn_metrics, new_cache = zip(*layers, strict=True)
 
