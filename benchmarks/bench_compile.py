@@ -52,7 +52,14 @@ def run(
       layer_products.problem_of(sized, product) for product in products.values()
     ]
     backend = choose_backend(problems, implementation)
-    calls = _products(sized, backend) | _fused(sized, backend)
+    name = backend.__name__.rpartition(".")[2]
+    data, routing = jax.eval_shape(lambda sized=sized: _operands(sized))
+    calls = {
+      op: _product(backend, product, data, routing)
+      for op, product in products.items()
+    }
+    calls |= _fused(backend, data, routing)
+    calls["step"] = _step(sized, name)
     records = []
     for op in ops:
       records.append(
@@ -60,7 +67,7 @@ def run(
           "shape": shape.name,
           "num_experts": num_experts,
           "op": op,
-          "implementation": backend.__name__.rpartition(".")[2],
+          "implementation": name,
           **_first_call(calls[op]),
         }
       )
@@ -68,23 +75,21 @@ def run(
     yield records
 
 
-def _products(shape: Shape, backend) -> dict[str, Job]:
-  """Returns the six products, each a function of its own: nothing is cached."""
-
-  def job(product: layer_products.Product) -> Job:
-    data, routing = _operands(shape)
-    compute = functools.partial(layer_products.compute, backend, product)
-    return Job(compute, (*map(data.get, product.operands), routing))
-
-  products = layer_products.products(shape).items()
-  return {op: job(product) for op, product in products}
+def _operands(shape: Shape) -> tuple[layer_products.Data, Routing]:
+  ids = jnp.zeros((shape.num_tokens, shape.top_k), jnp.int32)
+  return layer_products.arrays(shape), route(ids, shape.num_experts)
 
 
-def _fused(shape: Shape, backend) -> dict[str, Job]:
-  """Returns what a layer makes of them, and the layer's step."""
-  data, routing = _operands(shape)
+def _product(backend, product: layer_products.Product, data, routing) -> Job:
+  # A function of its own each time: nothing of it is cached.
+  compute = functools.partial(layer_products.compute, backend, product)
+  return Job(compute, (*map(data.get, product.operands), routing))
+
+
+def _fused(backend, data: layer_products.Data, routing) -> dict[str, Job]:
+  """Returns what a layer makes of products."""
   activation = get_activation("silu", gated=True)
-  gates = jax.ShapeDtypeStruct((shape.num_rows,), jnp.float32)
+  gates = jax.ShapeDtypeStruct((routing.num_rows,), jnp.float32)
 
   def activated(x, w, routing):
     options = dict(bias=None, activation=activation, keep_h=True)
@@ -100,28 +105,19 @@ def _fused(shape: Shape, backend) -> dict[str, Job]:
       x, dh, lambda *_: rows, routing, at_once=True, y_grouped=True
     )
 
-  layer = layer_steps.ours(
-    shape.num_experts, backend.__name__.rpartition(".")[2]
-  )
-  step = layer_steps.step_of(layer, "forward+backward")
   x, dy, h, rows = (data[name] for name in ("x", "dy", "dh", "rows"))
-  given = jax.eval_shape(lambda: layer_steps.inputs(shape, "even"))
   return {
     "activation": Job(activated, (x, data["w_in"], routing)),
     "derivative": Job(derivative, (dy, data["w_out"], h, gates, routing)),
     "dw_up_sum": Job(dw_up_sum, (x, h, rows, routing)),
-    "step": Job(step, tuple(given)),
   }
 
 
-def _operands(shape: Shape) -> tuple[dict[str, jax.Array], Routing]:
-  """Returns the shapes of all operands, and of who goes where."""
-
-  def operands():
-    ids = jnp.zeros((shape.num_tokens, shape.top_k), jnp.int32)
-    return layer_products.arrays(shape), route(ids, shape.num_experts)
-
-  return jax.eval_shape(operands)
+def _step(shape: Shape, implementation: str) -> Job:
+  """Returns forward and backward of a layer."""
+  layer = layer_steps.ours(shape.num_experts, implementation)
+  given = jax.eval_shape(lambda: layer_steps.inputs(shape, "even"))
+  return Job(layer_steps.step_of(layer, "forward+backward"), tuple(given))
 
 
 def _first_call(job: Job) -> dict[str, float]:

@@ -121,17 +121,20 @@ def route_local(
     [1, 1]
   """
   _check_expert_ids("route_local", expert_ids, num_experts)
-  if jnp.iinfo(expert_ids.dtype).bits < 32:
-    expert_ids = expert_ids.astype(jnp.int32)
+  expert_ids = at_least_int32(expert_ids)
   # In the dtype of the ids: beyond int32 they are experts of nobody.
   local_ids = expert_ids - jnp.asarray(first_expert).astype(expert_ids.dtype)
   return _route(local_ids, num_experts)
 
 
+def at_least_int32(ids: Integer[Array, "*n"]) -> Integer[Array, "*n"]:
+  """Returns the ids, narrow ones as int32: E may not fit their dtype."""
+  return ids.astype(jnp.int32) if jnp.iinfo(ids.dtype).bits < 32 else ids
+
+
 def _route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
   num_rows = expert_ids.size
-  if jnp.iinfo(expert_ids.dtype).bits < 32:  # E may not fit a narrow dtype
-    expert_ids = expert_ids.astype(jnp.int32)
+  expert_ids = at_least_int32(expert_ids)
   in_range = (expert_ids >= 0) & (expert_ids < num_experts)
   flat_ids = jnp.where(in_range, expert_ids, num_experts).reshape(num_rows)
   flat_ids = flat_ids.astype(jnp.int32)

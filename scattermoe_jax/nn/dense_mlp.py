@@ -97,7 +97,8 @@ class DenseMLP(nn.Module):
 
     rows = x.reshape(-1, d)
     mesh = jax.sharding.get_abstract_mesh()
-    if self.mesh_axes and jax.sharding.AxisType.Explicit in mesh.axis_types:
+    is_explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
+    if self.mesh_axes is not None and is_explicit:
       # Of split weights the compiler chooses what to gather and to add up.
       spec = jax.typeof(rows).sharding.spec
       compute = jax.sharding.auto_axes(compute, out_sharding=spec)

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
 from scattermoe_jax._compat import vary_over
+from scattermoe_jax.routing import at_least_int32
 from scattermoe_jax.sharding.axes import Axes, MeshAxes
 
 # The name of weights and tokens gathered from a mesh, for `jax.checkpoint`.
@@ -135,7 +136,6 @@ def here_or_nowhere(
   expert_ids: Int[Array, "T k"], num_experts: int
 ) -> Int[Array, "T k"]:
   """Returns the ids as int32, with -1 for every id outside [0, E)."""
-  if jnp.iinfo(expert_ids.dtype).bits < 32:
-    expert_ids = expert_ids.astype(jnp.int32)
+  expert_ids = at_least_int32(expert_ids)
   in_range = (expert_ids >= 0) & (expert_ids < num_experts)
   return jnp.where(in_range, expert_ids.astype(jnp.int32), -1)

@@ -133,9 +133,7 @@ class StoreRows(Epilogue):
       if not ids:
         ring.send(y[:, columns], outs[0], column)
       else:
-        stage = ring.put(y[:, columns])
-        out_rows = rows._replace(width=plan.d_out, fan_out=1)
-        out_rows.store(stage, outs[0], ids[0], column, tile.begin, tile.end)
+        ring.store(ring.put(y[:, columns]), outs[0], ids[0], column)
 
     return [
       functools.partial(
@@ -351,6 +349,9 @@ class _Ring:
 
     @pl.when((num_rows > 0) & (num_rows < height))
     def _():
-      rows = self.rows._replace(width=y.shape[1], fan_out=1)
-      ids = rows.consecutive(tile.row, height)
-      rows.store(stage, y, ids, column, tile.begin, tile.end)
+      self.store(stage, y, self.rows.consecutive(tile.row, height), column)
+
+  def store(self, stage, y, ids, column) -> None:
+    """Stores rows [begin, end) of a stage to the rows `ids` of y."""
+    rows = self.rows._replace(width=y.shape[1], fan_out=1)
+    rows.store(stage, y, ids, column, self.tile.begin, self.tile.end)

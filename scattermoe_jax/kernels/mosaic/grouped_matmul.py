@@ -208,7 +208,7 @@ def multiply(
         lax.fori_loop(0, walk.num_tiles, multiply_and_store, start)
       else:
         # Before the first tile there is one without rows; a turn more stores
-        # the last, where a loop of its own would be compiled once more.
+        # the last, where code of its own would be compiled once more.
         tile = tile_of(0, start[1])
         tile = tile._replace(end=tile.begin)
         held = [
