@@ -92,7 +92,7 @@ class RowCopies(NamedTuple):
     )
     def count_up(_, first):
       row, _ = _row_and_chunk()
-      row = arith.addi(row, lt.scalar(first))
+      row = arith.addi(row, lt.computed_here(lt.scalar(first)))
       steps = [lt.const(i * _ROWS_AT_ONCE) for i in range(count)]
       return lt.pack([arith.addi(row, step) for step in steps], count)
 
@@ -127,7 +127,8 @@ class RowCopies(NamedTuple):
       target = lt.at_byte(
         lt.shared_pointer(x_smem), lt.swizzled(*_row_and_chunk())
       )
-      for i, source in enumerate(self._addresses(x, my_ids, column)):
+      row_ids = lt.unpack(my_ids)
+      for i, source in enumerate(self._addresses(x, row_ids, column)):
         nvvm.cp_async_shared_global(
           lt.at_byte(target, i * _ROWS_AT_ONCE * 128),
           lt.at_byte(source, offset // lt.CHUNK * 16),
@@ -163,7 +164,8 @@ class RowCopies(NamedTuple):
       source = lt.at_byte(lt.shared_pointer(y_smem), lt.swizzled(row, chunk))
       begin, end = lt.scalar(begin), lt.scalar(end)
       quad = ir.VectorType.get((4,), lt.i32())
-      for i, target in enumerate(self._addresses(y, my_ids, column)):
+      row_ids = [lt.computed_here(row_id) for row_id in lt.unpack(my_ids)]
+      for i, target in enumerate(self._addresses(y, row_ids, column)):
         row_i = arith.addi(row, lt.const(i * _ROWS_AT_ONCE))
         live = arith.andi(
           arith.cmpi(arith.CmpIPredicate.sge, row_i, begin),
@@ -178,7 +180,7 @@ class RowCopies(NamedTuple):
     column, begin, end = map(lt.int32, (column, begin, end))
     store(y_smem, y, my_ids, column, begin, end)
 
-  def _addresses(self, array, my_ids, column) -> list[ir.Value]:
+  def _addresses(self, array, row_ids, column) -> list[ir.Value]:
     """Returns where this thread's chunks of 64 columns are."""
     _, chunk = _row_and_chunk()
     first = arith.divui(lt.scalar(column), lt.const(lt.CHUNK))
@@ -186,8 +188,7 @@ class RowCopies(NamedTuple):
     # the row: in 64 bits each pointer would be moved on by itself.
     pointer = lt.at_chunk(lt.global_pointer(array), first)
     rows = [
-      lt.row_chunk(row_id, self.fan_out, self.width)
-      for row_id in lt.unpack(my_ids)
+      lt.row_chunk(row_id, self.fan_out, self.width) for row_id in row_ids
     ]
     return [lt.at_chunk(pointer, arith.addi(row, chunk)) for row in rows]
 

@@ -157,6 +157,17 @@ def run_ptx(text: str, constraints: str, operands: Sequence[ir.Value]) -> None:
   llvm.inline_asm(void, operands, text, constraints, has_side_effects=True)
 
 
+def computed_here(word: ir.Value) -> ir.Value:
+  """Returns an i32, of which nothing is computed before this is reached.
+
+  What a branch in a loop makes of values that the loop does not change, the
+  compiler would make before the loop, and hold in registers or spill.
+  """
+  return llvm.inline_asm(
+    i32(), [word], "mov.b32 $0, $1;", "=r,r", has_side_effects=True
+  )
+
+
 def load_id(ids: ir.Value, position: ir.Value) -> ir.Value:
   """Returns the int32 at `position` of a global array."""
   offset = arith.shli(arith.extui(i64(), position), mgpu_utils.c(2, i64()))
