@@ -261,12 +261,14 @@ class Differentiate(Epilogue):
         h = [stage[i][...].astype(jnp.float32) for i in range(copies)]
       a, *dh = _activate_vjp(self.activation, h, gate * da)
       sums += jnp.sum(da * a, axis=1)
+      a = (gate * a).astype(plan.dtype)
+      dh = [half.astype(plan.dtype) for half in dh]
 
       @_when_inside(plan, column)
       def _(column=column, a=a, dh=dh):
         for i in range(copies):
           ring.send(dh[i], dh_out, column + i * plan.d_out)
-        ring.send(gate * a, a_out, column)
+        ring.send(a, a_out, column)
 
     place = pl.ds(tile.part, plan.part_m)
     sums_out[tile.index_m, tile.index_n, place] = sums
