@@ -52,14 +52,8 @@ def run(
       layer_products.problem_of(sized, product) for product in products.values()
     ]
     backend = choose_backend(problems, implementation)
-    name = backend.__name__.rpartition(".")[2]
-    data, routing = jax.eval_shape(lambda sized=sized: _operands(sized))
-    calls = {
-      op: _product(backend, product, data, routing)
-      for op, product in products.items()
-    }
-    calls |= _fused(backend, data, routing)
-    calls["step"] = _step(sized, name)
+    name = _name_of(backend)
+    calls = jobs(sized, backend)
     records = []
     for op in ops:
       records.append(
@@ -73,6 +67,21 @@ def run(
       )
       print(_line(records[-1]), flush=True)
     yield records
+
+
+def jobs(shape: Shape, backend) -> dict[str, Job]:
+  """Returns what is compiled of a backend, by op, with types as arguments."""
+  data, routing = jax.eval_shape(lambda: _operands(shape))
+  calls = {
+    op: _product(backend, product, data, routing)
+    for op, product in layer_products.products(shape).items()
+  }
+  calls |= _fused(backend, data, routing)
+  return calls | {"step": _step(shape, _name_of(backend))}
+
+
+def _name_of(backend) -> str:
+  return backend.__name__.rpartition(".")[2]
 
 
 def _operands(shape: Shape) -> tuple[layer_products.Data, Routing]:

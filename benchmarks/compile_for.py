@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from benchmarks import layer_products
+from benchmarks.compiling import Job
 from benchmarks.shapes import Shape
 from scattermoe_jax._compat import Device
 from scattermoe_jax.kernels import triton
@@ -124,34 +125,41 @@ def backend_for(
 
 def compile_for(card: Device, shape: Shape, dtype) -> dict[str, str | None]:
   """Returns why each product does not compile, None where it does."""
-  devices = topology(card).devices
-  mesh = jax.sharding.Mesh(devices, ("x",))
-  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  struct = lambda a, dtype: jax.ShapeDtypeStruct(
-    a.shape, dtype, sharding=everywhere
-  )
   data, routing = jax.eval_shape(
     lambda: (
       layer_products.arrays(shape),
       layer_products.routing_of(shape, "even"),
     )
   )
-  routing = jax.tree.map(lambda a: struct(a, a.dtype), routing)
   found: dict[str, str | None] = {}
   for name, product in products(shape).items():
     backend = backend_for(card, shape, product, dtype)
     function = functools.partial(layer_products.compute, backend, product)
-    operands = [struct(data[operand], dtype) for operand in product.operands]
-    jitted = jax.jit(function, out_shardings=everywhere)
+    operands = [
+      jax.ShapeDtypeStruct(data[operand].shape, dtype)
+      for operand in product.operands
+    ]
+    job = Job(function, (*operands, routing))
     try:
-      with _described(card):
-        traced = jitted.trace(*operands, routing)
-        lowered = traced.lower(lowering_platforms=("cuda",))
-      lowered.compile()
+      lower_for(card, job).compile()
       found[name] = None
     except Exception as error:
       found[name] = str(error).splitlines()[0]
   return found
+
+
+def lower_for(card: Device, job: Job) -> jax.stages.Lowered:
+  """Returns a call, lowered for a machine with one such card."""
+  mesh = jax.sharding.Mesh(topology(card).devices, ("x",))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  arguments = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+    job.arguments,
+  )
+  jitted = jax.jit(job.function, out_shardings=everywhere)
+  with _described(card):
+    traced = jitted.trace(*arguments)
+    return traced.lower(lowering_platforms=("cuda",))
 
 
 def _described(card: Device):
