@@ -66,7 +66,12 @@ BAD_MLP = {
   "bias_out_of_fewer_experts": (
     {"bias_out": ones(E // 2, d)},
     ValueError,
-    rf"smoe_mlp: bias_out .* is of {E // 2} experts, w_out .* of {E}",
+    r"smoe_mlp: bias_out must have shape \(E, d_out\) = \(8, 8\), got",
+  ),
+  "bias_out_of_another_width": (
+    {"bias_out": ones(E, d + 8)},
+    ValueError,
+    r"smoe_mlp: bias_out must have shape \(E, d_out\) = \(8, 8\), got",
   ),
   "8_gates": (
     {"gates": ones(8, k)},
@@ -174,6 +179,16 @@ BAD_LINEAR = {
     {"w": None},
     TypeError,
     "parallel_linear: w must be an array, got None",
+  ),
+  "bias_of_fewer_experts": (
+    {"bias": ones(E // 2, n)},
+    ValueError,
+    r"parallel_linear: bias must have shape \(E, d_out\) = \(8, 8\), got",
+  ),
+  "bias_of_another_width": (
+    {"bias": ones(E, n + 8)},
+    ValueError,
+    r"parallel_linear: bias must have shape \(E, d_out\) = \(8, 8\), got",
   ),
   "mesh_of_a_list": (
     {"mesh": ["a"]},

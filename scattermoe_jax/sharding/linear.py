@@ -70,6 +70,7 @@ def parallel_linear(
   )
   checks.check_rows(name, x, routing, grouped=False)
   checks.check_weights(name, "w", w, routing)
+  checks.check_bias(name, "bias", bias, w)
   _check_scattered(**options)
   run = functools.partial(_local, axes=axes, split=split, options=options)
   expert_ids = local.here_or_nowhere(expert_ids, num_experts)

@@ -87,11 +87,8 @@ def smoe_mlp(
   _check_gate_axis("w_in", w_in, 2)
   _check_gate_axis("bias_in", bias_in, 1)
   # Before they are split: what is left of them on a device says less.
-  for name, array in (
-    ("w_in", w_in),
-    ("bias_in", bias_in),
-    ("bias_out", bias_out),
-  ):
+  checks.check_bias("smoe_mlp", "bias_out", bias_out, w_out)
+  for name, array in (("w_in", w_in), ("bias_in", bias_in)):
     if array is not None and array.shape[0] != num_experts:
       raise ValueError(
         f"smoe_mlp: {name} {array.shape} is of {array.shape[0]} experts, w_out "
