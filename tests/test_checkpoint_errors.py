@@ -281,12 +281,21 @@ def test_a_family_refuses_a_model_that_it_cannot_say(tmp_path):
     checkpoints.save(tmp_path / "m", config, variables, family="olmoe")
   with pytest.raises(checkpoints.CheckpointError, match="'gpt5' is not known"):
     checkpoints.save(tmp_path / "m", config, variables, family="gpt5")
+  like = tmp_path / "like"
+  like.mkdir()
+  for entries, said in (({}, "None"), ({"model_type": "gpt5"}, "'gpt5'")):
+    (like / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(
+      checkpoints.CheckpointError,
+      match=rf"like.config.json: model_type {said} is not known",
+    ):
+      checkpoints.save(tmp_path / "m", config, variables, like=like)
   variables["params"]["extra"] = {"w": jnp.zeros(2)}
   with pytest.raises(
     checkpoints.CheckpointError, match="model has no 'params/extra/w'"
   ):
     checkpoints.save(tmp_path / "m", config, variables, family="mixtral")
-  assert list(tmp_path.iterdir()) == []
+  assert list(tmp_path.iterdir()) == [like]
 
 
 def _with_adapters(params):

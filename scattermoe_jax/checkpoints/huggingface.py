@@ -24,6 +24,7 @@ from scattermoe_jax.checkpoints.config_json import (
   CONFIG_NAME,
   config_from_entries,
   config_to_entries,
+  get_family,
   read_dtype,
   read_entries,
 )
@@ -166,12 +167,15 @@ def save(
 
   Raises:
     CheckpointError: if the folder exists, the variables are not those of the
-      config's model, or the family cannot express it.
+      config's model, the family cannot express it, or `like` is of none.
   """
   others: dict[str, Any] = {}
   if like is not None:
     others = read_entries(like)
-    family = family or others["model_type"]
+    if family is None:
+      family = others.get("model_type")
+      if family != OWN_FAMILY:
+        get_family(family, str(Path(like) / CONFIG_NAME))
     # What is written is never quantised, nor said in the newer words.
     for key in ("quantization_config", "rope_parameters", "dtype"):
       others.pop(key, None)

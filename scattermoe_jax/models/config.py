@@ -178,18 +178,24 @@ def _check(config: ModelConfig) -> None:
   ):
     check_one_of("ModelConfig", name, getattr(config, name), known)
   _check_sizes(config)
-  if any(not 0 <= layer < config.num_layers for layer in config.dense_layers):
-    raise ValueError(
-      f"ModelConfig: dense_layers = {config.dense_layers} names a layer that "
-      f"is not there; there are {config.num_layers} layers."
-    )
+  for name in ("dense_layers", "sliding_layers"):
+    layers = getattr(config, name) or ()
+    if any(not 0 <= layer < config.num_layers for layer in layers):
+      raise ValueError(
+        f"ModelConfig: {name} = {layers} names a layer that is not there; "
+        f"there are {config.num_layers} layers."
+      )
   if config.num_heads % config.num_kv_heads:
     raise ValueError(
       f"ModelConfig: num_heads = {config.num_heads} is not a multiple of "
       f"num_kv_heads = {config.num_kv_heads}."
     )
   check_window("ModelConfig", config.sliding_window)
-  check_positive("ModelConfig", rope_theta=config.rope_theta)
+  check_positive(
+    "ModelConfig", rope_theta=config.rope_theta, norm_eps=config.norm_eps
+  )
+  if config.final_norm_eps is not None:
+    check_positive("ModelConfig", final_norm_eps=config.final_norm_eps)
   if config.head_dim % 2:
     raise ValueError(
       f"ModelConfig: head_dim = {config.head_dim} must be even; rotary "
