@@ -66,16 +66,37 @@ def test_tiles_that_cannot_run_are_refused_in_words():
     tuning.heuristic("sort", PROBLEMS[0])
 
 
+def not_worth_shipping(entries, capability):
+  """Returns what is invalid, and what no problem reaches: not even its own."""
+  found = []
+  for entry in entries:
+    device = H200._replace(
+      capability=capability, num_cores=entry.config.num_sms
+    )
+    problem = Problem(
+      math.ceil(entry.rows_per_expert * entry.num_experts),
+      entry.num_experts,
+      entry.d_in,
+      entry.d_out,
+      "bfloat16",
+      device,
+    )
+    invalid = tuning.why_invalid(entry.op, entry.config) is not None
+    if invalid or tuning.lookup(entry.op, problem, entries) != entry.config:
+      found.append(entry)
+  return found
+
+
 def test_every_shipped_entry_is_reachable_and_valid():
   for capability in ((9, 0), (8, 0)):
-    for entry in tuning.table(capability):
-      assert tuning.why_invalid(entry.op, entry.config) is None
-      problem = Problem(
-        math.ceil(entry.rows_per_expert * entry.num_experts),
-        entry.num_experts,
-        entry.d_in,
-        entry.d_out,
-        "bfloat16",
-        H200._replace(capability=capability, num_cores=entry.config.num_sms),
-      )
-      assert tuning.tuned_config(entry.op, problem) == entry.config
+    assert not_worth_shipping(tuning.table(capability), capability) == []
+
+
+def test_an_invalid_or_hidden_entry_would_be_found():
+  good = tuning.Entry(
+    "up_projection", 2048, 128, 4096, 2048, TileConfig(128, 256)
+  )
+  invalid = good._replace(d_in=600, config=TileConfig(96, 256))
+  hidden = good._replace(config=TileConfig(128, 128))
+  entries = [good, invalid, hidden]
+  assert not_worth_shipping(entries, (9, 0)) == [invalid, hidden]
