@@ -149,6 +149,10 @@ def test_weight_decay_and_frozen_weights():
   after, _ = jax.jit(train_step)(state, counting_batch(0))
   assert float(after.params) != 1
   jax.tree.map(np.testing.assert_array_equal, after.frozen, state.frozen)
+  # The folder of what is trained has no place for a bias that moved.
+  jax.tree.map(
+    np.testing.assert_array_equal, after.router_state, state.router_state
+  )
 
 
 @pytest.mark.parametrize(

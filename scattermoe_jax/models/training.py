@@ -82,7 +82,8 @@ class TrainState(NamedTuple):
   Attributes:
     step: updates so far.
     params: what is trained.
-    router_state: the selection biases of sigmoid routers; else empty.
+    router_state: the selection biases of sigmoid routers, which stay under
+      adapters as frozen weights do; else empty.
     opt_state: the optimizer's.
     frozen: weights that stay, under adapters; else empty.
   """
@@ -186,10 +187,14 @@ def make_train_step(
       updates, opt_state = optimizer.update(
         grads, state.opt_state, state.params
       )
+    router_state = state.router_state
+    # Of adapters nothing else is stored: on their base's biases they must fit.
+    if state.frozen is None:
+      router_state = _balance(router_state, metrics.routers, config)
     state = state._replace(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
-      router_state=_balance(state.router_state, metrics.routers, config),
+      router_state=router_state,
       opt_state=opt_state,
     )
     return state, metrics._replace(grad_norm=_norm(grads))
