@@ -10,6 +10,7 @@ import pytest
 from scattermoe_jax import checkpoints
 from scattermoe_jax.checkpoints.config_json import config_from_entries
 from scattermoe_jax.models import ModelConfig, Transformer, generate
+from scattermoe_jax.models.sampling import choose_token, sample
 from scattermoe_jax.nn import lora
 from tests.families import FAMILY_ENTRIES, random_variables
 
@@ -68,6 +69,42 @@ def test_seeds_decide_and_end_ids_stop(mixtral):
   end = greedy[3]
   stopped = tokens(temperature=0.0, end_ids=frozenset([end]))
   assert stopped == greedy[: greedy.index(end) + 1]
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+    ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+    ({"top_p": 0.0}, "top_p must be above 0, got 0.0"),
+  ],
+)
+def test_odds_that_choose_nothing_are_refused(options, message):
+  with pytest.raises(ValueError, match=f"choose_token: {message}"):
+    choose_token(jnp.array([[0.0, 5.0]]), jax.random.key(0), **options)
+
+
+def test_traced_odds_are_refused(unchecked):
+  choose = lambda odds: choose_token(
+    jnp.array([[0.0, 5.0]]), jax.random.key(0), temperature=odds
+  )
+  with pytest.raises(TypeError, match="temperature must be static, got a tr"):
+    jax.jit(choose)(1.0)
+
+
+def test_a_continuation_needs_a_prompt_and_a_length(mixtral, unchecked):
+  _, config, variables = mixtral
+  model = Transformer(config)
+  prompt, key = jnp.ones((2, 3), jnp.int32), jax.random.key(0)
+  for ids, num_tokens, message in (
+    (prompt, 0, "sample: num_tokens must be at least 1, got 0"),
+    (prompt[:, :0], 2, "sample: P must be at least 1, got 0"),
+    (prompt[0], 2, r"sample: prompt_ids must have shape \(B, P\), got \(3,\)"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      sample(model, variables, ids, num_tokens, key=key)
+  with pytest.raises(ValueError, match="generate: prompt_ids is empty"):
+    next(generate.generate(model, variables, [], max_tokens=2))
 
 
 def test_a_folder_with_a_tokenizer_takes_text(mixtral, tmp_path, capsys):

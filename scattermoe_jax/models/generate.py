@@ -82,7 +82,13 @@ def generate(
     top_p: choose among the likeliest tokens that hold this much probability.
     end_ids: stop after one of these.
     seed: of the random choices.
+
+  Raises:
+    ValueError: with the first token, if the prompt has none, the temperature
+      is below 0 or top_p not above 0.
   """
+  if not prompt_ids:
+    raise ValueError("generate: prompt_ids is empty; give at least one token.")
 
   @functools.partial(jax.jit, donate_argnums=1)
   def step(variables, cache, tokens, key):

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from scattermoe_jax.models.transformer import Transformer, init_cache
+from scattermoe_jax.nn import checks
 
 
 def sample(
@@ -33,7 +34,14 @@ def sample(
     key: of the random choices.
     temperature: divides the logits; 0 takes the likeliest token.
     top_p: choose among the likeliest tokens that hold this much probability.
+
+  Raises:
+    ValueError: if prompts are not (B, P) of P above 0, num_tokens is below 1,
+      the temperature below 0 or top_p not above 0.
+    TypeError: if prompts are no array of integers, or one of those is traced.
   """
+  checks.check_ids("sample", ("B", "P"), prompt_ids=prompt_ids)
+  checks.check_ints("sample", P=prompt_ids.shape[1], num_tokens=num_tokens)
   batch_size, length = prompt_ids.shape
   cache = init_cache(model.config, batch_size, length + num_tokens)
   prefill = model.apply(variables, prompt_ids, cache=cache)
@@ -61,6 +69,8 @@ def choose_token(
   top_p: float = 1.0,
 ) -> Int[Array, " B"]:
   """Returns one token of each row; see `sample` for the arguments."""
+  checks.check_not_negative("choose_token", temperature=temperature)
+  checks.check_positive("choose_token", top_p=top_p)
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / temperature

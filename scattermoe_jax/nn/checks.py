@@ -177,10 +177,17 @@ def check_window(function: str, sliding_window: Any) -> None:
 def check_positive(function: str, **values: Any) -> None:
   """Raises unless all are static and above 0."""
   for name, value in values.items():
-    if _is_traced(value):
-      raise TypeError(f"{function}: {name} must be static, got a traced one.")
+    _check_known(function, name, value)
     if not value > 0:
       raise ValueError(f"{function}: {name} must be above 0, got {value}.")
+
+
+def check_not_negative(function: str, **values: Any) -> None:
+  """Raises unless all are static and at least 0."""
+  for name, value in values.items():
+    _check_known(function, name, value)
+    if not value >= 0:
+      raise ValueError(f"{function}: {name} must be at least 0, got {value}.")
 
 
 def check_static(function: str, name: str, value: Any) -> None:
@@ -191,6 +198,11 @@ def check_static(function: str, name: str, value: Any) -> None:
       "nn.remat traces what it is given, so: nn.remat(lambda module, x: "
       f"module(x, {name}=False))(module, x)."
     )
+
+
+def _check_known(function: str, name: str, value: Any) -> None:
+  if _is_traced(value):
+    raise TypeError(f"{function}: {name} must be static, got a traced one.")
 
 
 def _is_traced(value: Any) -> bool:
