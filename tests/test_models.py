@@ -362,6 +362,22 @@ def test_contradicting_fields_are_refused(fields, message):
     dataclasses.replace(TINY, **fields)
 
 
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"tie_embeddings": "false"}, "tie_embeddings must be True or False, got"),
+    ({"remat": 1}, "remat must be True or False, got 1"),
+    ({"dense_layers": 0}, "dense_layers must be a tuple of layers, got 0"),
+    ({"dense_layers": None}, "dense_layers must be a tuple of layers, got No"),
+    ({"sliding_layers": 1}, "sliding_layers must be a tuple of layers, got 1"),
+  ],
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_fields_of_another_kind_are_refused(fields, message, unchecked):
+  with pytest.raises(TypeError, match=f"ModelConfig: {message}"):
+    dataclasses.replace(TINY, **fields)
+
+
 def test_a_model_says_what_it_is_called_with(unchecked):
   run = lambda ids, cache=None: jax.eval_shape(
     lambda: Transformer(TINY).init(jax.random.key(0), ids, cache=cache)

@@ -24,6 +24,7 @@ class ModelConfig:
 
   Raises:
     ValueError: if two fields contradict each other; the message names them.
+    TypeError: if a size is no int, a switch no bool, or layers no tuple.
   """
 
   vocab_size: int = 256
@@ -139,7 +140,7 @@ class ModelConfig:
 
     Raises:
       ValueError: if a field is unknown, or a value does not fit.
-      TypeError: if a size is no int.
+      TypeError: if a size is no int, a switch no bool, or layers no list.
     """
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(fields) - known):
@@ -177,6 +178,7 @@ def _check(config: ModelConfig) -> None:
     ("activation", ACTIVATIONS),
   ):
     check_one_of("ModelConfig", name, getattr(config, name), known)
+  _check_kinds(config)
   _check_sizes(config)
   for name in ("dense_layers", "sliding_layers"):
     layers = getattr(config, name) or ()
@@ -219,6 +221,28 @@ def _check(config: ModelConfig) -> None:
       f"ModelConfig: top_k = {config.top_k} is above num_experts = "
       f"{config.num_experts}."
     )
+
+
+def _check_kinds(config: ModelConfig) -> None:
+  """Raises unless switches are bools and layers are listed in tuples.
+
+  Any word is true, "false" as well.
+  """
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.type is bool and not isinstance(value, bool):
+      raise TypeError(
+        f"ModelConfig: {field.name} must be True or False, got {value!r}."
+      )
+  for name, kind in (
+    ("dense_layers", tuple),
+    ("sliding_layers", tuple | None),
+  ):
+    layers = getattr(config, name)
+    if not isinstance(layers, kind):
+      raise TypeError(
+        f"ModelConfig: {name} must be a tuple of layers, got {layers!r}."
+      )
 
 
 def _check_sizes(config: ModelConfig) -> None:
