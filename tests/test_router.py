@@ -112,6 +112,18 @@ def test_selection_bias_has_no_gradient(x64):
   assert not np.any(jax.grad(total_gate)(jnp.asarray(logits(1, (E,)))))
 
 
+@pytest.mark.parametrize("z", [-45.0, -200.0])
+def test_sigmoids_that_underflow_give_no_nan(z):
+  # The square of the first is no float32, nor is the second.
+  def total(z):
+    gates, _, probs = smnn.sigmoid_top_k(z, K)
+    return jnp.sum(gates) + jnp.sum(probs)
+
+  value, dz = jax.value_and_grad(total)(jnp.full((T, E), z))
+  assert 0 <= value < 2 * T
+  assert np.all(np.isfinite(dz))
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [

@@ -34,6 +34,10 @@ Scoring = Literal[
 # Fewer are over before a kernel is taken apart.
 _MANY_TOKENS = 256
 
+# The sum of sigmoids can underflow; a softmax's cannot. The derivative of a
+# quotient divides by the square, and that of DeepSeek's 1e-20 is zero.
+_LEAST_SUM = 1e-18
+
 
 class RouterOutput(NamedTuple):
   """What a router decided, in float32 (float64 for float64 tokens).
@@ -295,9 +299,8 @@ def sigmoid_top_k(
   _, expert_ids = lax.top_k(ranking, k)
   gates = jnp.take_along_axis(scores, expert_ids, axis=-1)
   if renormalize:
-    # The sum of sigmoids can underflow; a softmax's cannot.
-    gates /= gates.sum(axis=-1, keepdims=True) + 1e-20
-  probs = scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)
+    gates /= gates.sum(axis=-1, keepdims=True) + _LEAST_SUM
+  probs = scores / (scores.sum(axis=-1, keepdims=True) + _LEAST_SUM)
   return gates * scale, expert_ids, probs
 
 
