@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from scattermoe_jax.models import ModelConfig, Transformer, data
+from scattermoe_jax.models import ModelConfig, Transformer, data, training
 from scattermoe_jax.models.training import (
   TrainConfig,
   cross_entropy,
@@ -18,6 +18,8 @@ from scattermoe_jax.models.training import (
   make_train_step,
   total_loss,
 )
+from scattermoe_jax.models.transformer import ModelMetrics
+from scattermoe_jax.nn import SMoEMetrics
 
 MODEL = ModelConfig(
   vocab_size=11,
@@ -113,6 +115,71 @@ def test_selection_bias_moves_against_the_load():
   bias = state.router_state["layer_0"]["ffn"]["router"]["selection_bias"]
   want = TRAIN.selection_bias_rate * np.sign(load.mean() - load)
   np.testing.assert_allclose(bias, want, rtol=1e-6)
+
+
+def test_selection_biases_move_by_the_load_of_their_own_layer():
+  # Two dense layers come first; as words, layer_10 comes before layer_2.
+  names = [f"layer_{i}" for i in range(2, 11)]
+  state = {name: {"ffn": {"bias": jnp.zeros(4)}} for name in names}
+  busiest = [i % 4 for i in range(len(names))]
+  load = 8 * jax.nn.one_hot(jnp.array(busiest), 4, dtype=jnp.int32)
+  one = jnp.zeros(len(names))
+  routers = ModelMetrics(
+    SMoEMetrics(one, one, load, load.astype(one.dtype)), None
+  )
+  moved = training._balance(state, routers, TRAIN)
+  lowered = [int(moved[name]["ffn"]["bias"].argmin()) for name in names]
+  assert lowered == busiest
+
+
+def test_steps_and_parts_have_a_jitter_each():
+  # What jitter does to an update, as the first random number of its key.
+  draw = lambda params, frozen, biases, batch, key: (jax.random.uniform(key),)
+  batch, key = counting_batch(0), jax.random.key(3)
+  state = start()[1]
+  (total,) = training._accumulate(draw, state, batch, key, 4)
+  expected = jnp.mean(jax.vmap(jax.random.uniform)(jax.random.split(key, 4)))
+  np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+  model = Transformer(dataclasses.replace(MODEL, router_jitter=0.5))
+  train_step = jax.jit(make_train_step(model, optax.sgd(0.0), TRAIN))
+  state = state._replace(opt_state=optax.sgd(0.0).init(state.params))
+  state, first = train_step(state, batch)
+  # The biases moved by the load; nothing but the jitter is to differ.
+  state = state._replace(router_state=start()[1].router_state)
+  _, second = train_step(state, batch)
+  assert first.loss != second.loss
+
+
+def test_the_rate_warms_up_to_its_peak_and_falls_to_a_tenth():
+  optimizer = make_optimizer(TRAIN)
+  params, one = {"scale": jnp.zeros(())}, {"scale": jnp.ones(())}
+  state, rates = optimizer.init(params), []
+  with jax.numpy_dtype_promotion("standard"):
+    update = jax.jit(optimizer.update)
+    for _ in range(TRAIN.steps + 1):
+      # Adam's update by a gradient that stays is the rate.
+      updates, state = update(one, state, params)
+      rates.append(-float(updates["scale"]))
+  peak = TRAIN.learning_rate
+  assert rates[0] == 0
+  np.testing.assert_allclose(rates[TRAIN.warmup_steps], peak, rtol=1e-4)
+  np.testing.assert_allclose(rates[-1], peak / 10, rtol=1e-4)
+  assert max(rates) <= peak * 1.0001
+
+
+def test_the_reported_norm_is_of_the_gradient():
+  model, state, train_step = start()
+  batch, biases = counting_batch(0), state.router_state
+  _, metrics = train_step(state, batch)
+
+  def loss(params):
+    variables = {"params": params, "router_state": biases}
+    return total_loss(model, variables, batch, TRAIN)[0]
+
+  grads = jax.tree.leaves(jax.jit(jax.grad(loss))(state.params))
+  want = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads))
+  np.testing.assert_allclose(metrics.grad_norm, want, rtol=1e-5)
 
 
 def test_weight_decay_and_frozen_weights():
