@@ -188,6 +188,9 @@ def test_mask_is_padding():
   segments = apply(segment_ids=jnp.asarray(PADDED))
   np.testing.assert_array_equal(masked, segments)
   assert not np.any(np.asarray(masked)[PADDED == 0])
+  both = apply(mask=jnp.asarray(PADDED != 0), segment_ids=jnp.asarray(PACKED))
+  packed = apply(segment_ids=jnp.asarray(PACKED * (PADDED != 0)))
+  np.testing.assert_array_equal(both, packed)
 
 
 def test_padding_may_hold_anything():
@@ -246,6 +249,14 @@ def test_cache_holds_the_heads_of_one_expert():
 def test_an_empty_cache_can_be_donated():
   longer = jax.jit(lambda c: c._replace(length=c.length + 1), donate_argnums=0)
   assert longer(smnn.KVCache.empty(1, 8, 2, 4)).length == 1
+
+
+def test_a_cache_may_be_filled_to_its_last_slot():
+  q, k, v = jax.random.normal(jax.random.key(0), (3, B, L, H, C))
+  got, cache = smnn.attend(q, k, v, cache=smnn.KVCache.empty(B, L, H, C))
+  assert cache.length == L
+  expected, _ = smnn.attend(q, k, v)
+  np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_padding_of_wide_numpy_arrays_is_finite(unchecked):

@@ -201,6 +201,16 @@ def test_stacked_layers_have_adapters_each():
   jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
+def test_every_weight_has_a_random_a_of_its_own():
+  w = jnp.zeros((E, D, N))
+  params = {f"layer_{i}": {"experts": {"w_in": w}} for i in range(2)}
+  adapters = lora.init_adapters(jax.random.key(0), params, rank=R)
+  first, second = (
+    layer["experts"]["lora"]["w_in"]["a"] for layer in adapters.values()
+  )
+  assert np.all(first != second)
+
+
 def test_a_of_a_stack_is_as_large_as_of_one_layer():
   w = {"w_out": jnp.zeros((E, N, D))}
   stacked = {"w_out": jnp.zeros((40, E, N, D))}

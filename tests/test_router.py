@@ -317,6 +317,14 @@ def test_router_logits_are_float32_whatever_the_dtype():
   assert_accurate(out.logits, exact, jnp.matmul(*wide, precision="highest"))
 
 
+def test_router_asks_for_exact_products():
+  router, x = smnn.Router(E, K), jnp.ones((T, D))
+  params = router.init(jax.random.key(0), x)
+  text = jax.jit(router.apply).lower(params, x).as_text()
+  (product,) = [line for line in text.splitlines() if "dot_general" in line]
+  assert "precision = [HIGHEST, HIGHEST]" in product
+
+
 def test_router_adds_its_selection_bias_to_the_choice_alone():
   x = jnp.asarray(logits(2, (T, D)), jnp.float32)
   router = smnn.Router(E, K, "sigmoid", use_selection_bias=True)
@@ -344,6 +352,14 @@ def test_jitter_scales_the_input_in_training_alone():
   assert np.all(np.abs(noisy.logits - D) <= 0.1 * D)
   assert noisy.logits.min() < D < noisy.logits.max()
   assert len(np.unique(noisy.logits[:, 0])) == T
+
+
+def test_jitter_keeps_float64(x64):
+  x = jnp.asarray(logits(2, (T, D)))
+  router = smnn.Router(E, K, jitter=0.1)
+  rngs = {name: jax.random.key(0) for name in ("params", "router")}
+  out, _ = router.init_with_output(rngs, x, deterministic=False)
+  assert out.logits.dtype == jnp.float64
 
 
 @pytest.mark.parametrize(
