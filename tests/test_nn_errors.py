@@ -123,6 +123,20 @@ def test_token_ids_are_not_tokens(name):
 
 
 @pytest.mark.parametrize("name", MAKE)
+def test_tokens_have_a_feature(name):
+  x, *rest = INPUTS[name]
+  message = f"{name}: x must have shape (..., d), d at least 1, got "
+  refuses(ValueError, message, MAKE[name](), x[..., :0], *rest)
+
+
+@pytest.mark.parametrize("name", ["SMoEMLP", "SMoEBlock", "DenseMLP"])
+def test_a_number_is_no_token(name):
+  x, *rest = INPUTS[name]
+  message = f"{name}: x must have shape (..., d), d at least 1, got ()."
+  refuses(ValueError, message, MAKE[name](), x[0, 0, 0], *rest)
+
+
+@pytest.mark.parametrize("name", MAKE)
 def test_a_list_is_not_an_array(name):
   x, *rest = INPUTS[name]
   message = f"{name}: x must be an array, got a list; jnp.asarray makes"

@@ -19,7 +19,7 @@ from scattermoe_jax.sharding.axes import check_axes
 def check_tokens(
   module: str, x: Any, dims: tuple[str, ...] = (), advice: str = ""
 ) -> None:
-  """Raises unless x is a floating array.
+  """Raises unless x is a floating array of tokens with a feature at least.
 
   Args:
     module: whose x it is.
@@ -34,6 +34,10 @@ def check_tokens(
     )
   if dims:
     check_shape(module, "x", x, dims, advice)
+  if not x.shape or not x.shape[-1]:
+    raise ValueError(
+      f"{module}: x must have shape (..., d), d at least 1, got {x.shape}."
+    )
 
 
 def check_choices(module: str, x: Any, gates: Any, expert_ids: Any) -> None:
