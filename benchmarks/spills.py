@@ -3,9 +3,9 @@
   python -m benchmarks.spills [--shapes S L] [--ops up derivative]
 
 What a kernel holds and registers do not, it stores and loads again, through the
-28 KB of L1 that its ring leaves: 48 bytes a thread slowed products by 3 to 8 %
-(docs/kernels.md). ptxas says how much, for a device that is only described:
-needs JAX with its CUDA plugin, but no GPU, where JAX asks for
+28 KB of L1 that its ring leaves: 76 to 224 bytes a thread slowed products of L
+by 3 to 8 % (docs/kernels.md). ptxas says how much, for a device that is only
+described: needs JAX with its CUDA plugin, but no GPU, where JAX asks for
 JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1. Runs nothing. Ops are those of
 `benchmarks.bench_compile`.
 """
