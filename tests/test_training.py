@@ -227,6 +227,14 @@ def test_weight_decay_and_frozen_weights():
   [
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"accumulate": 3}, "accumulate = 3 must divide batch_size = 8"),
+    ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+    ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+    ({"balance_coef": np.nan}, "balance_coef must be at least 0, got nan"),
+    ({"z_coef": -1.0}, "z_coef must be at least 0, got -1.0"),
+    (
+      {"selection_bias_rate": -1.0},
+      "selection_bias_rate must be at least 0, got -1.0",
+    ),
   ],
 )
 def test_train_config_is_checked(fields, message):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from scattermoe_jax.models.transformer import ModelMetrics, Transformer
 from scattermoe_jax.nn import update_selection_bias
-from scattermoe_jax.nn.checks import check_positive
+from scattermoe_jax.nn.checks import check_not_negative, check_positive
 
 # A tree of arrays.
 Tree = Any
@@ -39,7 +39,7 @@ class TrainConfig:
     learning_rate: its peak, reached after warmup_steps; a cosine leads from
       there to a tenth of it.
     warmup_steps: see learning_rate.
-    weight_decay: of matrices, not of biases and norms.
+    weight_decay: of matrices, not of biases, norms and adapters.
     clip_norm: bound on the norm of the gradient.
     balance_coef: of the load-balancing losses, averaged over layers.
     z_coef: of the router z-losses, averaged over layers.
@@ -68,6 +68,14 @@ class TrainConfig:
         )
     check_positive(
       "TrainConfig", learning_rate=self.learning_rate, clip_norm=self.clip_norm
+    )
+    check_not_negative(
+      "TrainConfig",
+      warmup_steps=self.warmup_steps,
+      weight_decay=self.weight_decay,
+      balance_coef=self.balance_coef,
+      z_coef=self.z_coef,
+      selection_bias_rate=self.selection_bias_rate,
     )
     if self.batch_size % self.accumulate:
       raise ValueError(
