@@ -436,3 +436,4 @@ def test_top_p_keeps_the_fewest_likeliest_tokens():
   assert draw(0.6) == [{0, 2}, {2, 3}]
   assert draw(1.0) == [{0, 1, 2, 3}, {0, 1, 2, 3}]
   assert draw(1.0, temperature=0.01) == [{0}, {3}]
+  assert draw(1.0, temperature=0.4) != [{0}, {3}]

@@ -172,8 +172,9 @@ def test_load_balancing_loss_equals_its_definition(x64):
   np.testing.assert_allclose(got, E * np.sum(f * p), rtol=1e-12)
 
 
-def test_z_loss_equals_its_definition(x64):
-  z, mask = logits(), np.arange(T) < 5
+@pytest.mark.parametrize("num_real", [1, 5])
+def test_z_loss_equals_its_definition(num_real, x64):
+  z, mask = logits(), np.arange(T) < num_real
   squares = np.log(np.exp(z).sum(axis=1)) ** 2
   np.testing.assert_allclose(
     smnn.router_z_loss(jnp.asarray(z)), squares.mean(), rtol=1e-12
@@ -198,6 +199,18 @@ def test_losses_of_no_token_are_zero_with_zero_gradients():
 
   value, dz = jax.value_and_grad(losses)(jnp.asarray(logits(), jnp.float32))
   assert value == 0 and not np.any(dz)
+
+  no_rows = jnp.zeros((0, E))
+  assert smnn.router_z_loss(no_rows) == 0
+  assert smnn.load_balancing_loss(no_rows, jnp.zeros((E,))) == 0
+
+
+def test_counts_of_a_balancing_loss_carry_no_gradient():
+  probs = jax.nn.softmax(jnp.asarray(logits(), jnp.float32))
+  of_counts = lambda counts: smnn.load_balancing_loss(probs, counts)
+  counts = jnp.full((E,), T / E)
+  assert of_counts(counts) > 0
+  assert not np.any(jax.grad(of_counts)(counts))
 
 
 RULE_FUNCTIONS = {
