@@ -50,6 +50,7 @@ SHAPES = {
 }
 
 
+@functools.cache
 def topology(card: Device) -> topologies.TopologyDescription:
   """Returns the description of a machine with one such card.
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks import bench_compile, compile_for
+from benchmarks.compiling import Job
 from benchmarks.shapes import SHAPES
 from scattermoe_jax.kernels import mosaic
 
@@ -47,12 +48,9 @@ def spills_in(report: str) -> list[Spill]:
   ]
 
 
-def spills(shape_name: str, op: str) -> list[Spill]:
-  """Returns what the kernels of an op spill on an H200."""
-  card = compile_for.CARDS["H200"]
-  lowered = compile_for.lower_for(
-    card, bench_compile.jobs(SHAPES[shape_name], mosaic)[op]
-  )
+def spills(job: Job) -> list[Spill]:
+  """Returns what the kernels of a call spill on an H200."""
+  lowered = compile_for.lower_for(compile_for.CARDS["H200"], job)
   with _printed() as lines:
     lowered.compile()
   return spills_in("".join(lines))
@@ -62,10 +60,9 @@ def spills(shape_name: str, op: str) -> list[Spill]:
 def _printed() -> Iterator[list[str]]:
   """Lends the lines that C++ will have printed; they are there afterwards."""
   lines: list[str] = []
-  streams = (sys.stdout, sys.stderr)
+  sys.stdout.flush()
+  sys.stderr.flush()
   with tempfile.TemporaryFile("w+") as file:
-    for stream in streams:
-      stream.flush()
     kept = [os.dup(number) for number in (1, 2)]
     for number in (1, 2):
       os.dup2(file.fileno(), number)
@@ -87,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # Read by JAX when it compiles.
   for shape in options.shapes:
+    jobs = bench_compile.jobs(SHAPES[shape], mosaic)
     for op in options.ops:
-      for spill in spills(shape, op):
+      for spill in spills(jobs[op]):
         print(
           f"{shape:<16} {op:<10} {spill.kernel:<20} "
           f"{spill.stored:4} bytes stored, {spill.loaded:4} loaded",

@@ -39,6 +39,24 @@ GOOD = {
   },
 }
 
+
+def bad_biases(function, name, width):
+  """Returns cases of a bias that is not of its matrices."""
+  message = rf"{function}: {name} must have shape \(E, d_out\) = \(8, 8\), got"
+  return {
+    f"{name}_of_fewer_experts": (
+      {name: ones(E // 2, width)},
+      ValueError,
+      message,
+    ),
+    f"{name}_of_another_width": (
+      {name: ones(E, width + 8)},
+      ValueError,
+      message,
+    ),
+  }
+
+
 # What is wrong with the ids, whatever the function.
 BAD_IDS = {
   "float_ids": (
@@ -63,16 +81,7 @@ BAD_MLP = {
     ValueError,
     rf"smoe_mlp: w_in \({E // 2}, .*\) is of {E // 2} experts, w_out .* of {E}",
   ),
-  "bias_out_of_fewer_experts": (
-    {"bias_out": ones(E // 2, d)},
-    ValueError,
-    r"smoe_mlp: bias_out must have shape \(E, d_out\) = \(8, 8\), got",
-  ),
-  "bias_out_of_another_width": (
-    {"bias_out": ones(E, d + 8)},
-    ValueError,
-    r"smoe_mlp: bias_out must have shape \(E, d_out\) = \(8, 8\), got",
-  ),
+  **bad_biases("smoe_mlp", "bias_out", d),
   "8_gates": (
     {"gates": ones(8, k)},
     ValueError,
@@ -180,16 +189,7 @@ BAD_LINEAR = {
     TypeError,
     "parallel_linear: w must be an array, got None",
   ),
-  "bias_of_fewer_experts": (
-    {"bias": ones(E // 2, n)},
-    ValueError,
-    r"parallel_linear: bias must have shape \(E, d_out\) = \(8, 8\), got",
-  ),
-  "bias_of_another_width": (
-    {"bias": ones(E, n + 8)},
-    ValueError,
-    r"parallel_linear: bias must have shape \(E, d_out\) = \(8, 8\), got",
-  ),
+  **bad_biases("parallel_linear", "bias", n),
   "mesh_of_a_list": (
     {"mesh": ["a"]},
     TypeError,
