@@ -27,6 +27,9 @@ def triton_interpreted(config: TritonConfig = CONFIG) -> types.ModuleType:
     composed.down_projection_grad, backend.scatter2scatter
   )
   backend.by_columns = composed.by_columns
+  backend.down_projection = functools.partial(
+    composed.down_projection, backend.scatter2scatter, backend.by_columns
+  )
   backend.group_xty_and_sum = functools.partial(
     composed.group_xty_and_sum, backend.group_xty, backend.by_columns
   )

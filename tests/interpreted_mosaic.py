@@ -117,7 +117,12 @@ def mosaic_interpreted(config: TileConfig = SMALL, **params) -> SimpleNamespace:
 
     return run
 
-  names = ("scatter2scatter", "up_projection", "down_projection_grad")
+  names = (
+    "scatter2scatter",
+    "up_projection",
+    "down_projection",
+    "down_projection_grad",
+  )
   return SimpleNamespace(
     **{name: interpreted(getattr(mosaic, name)) for name in names}
   )

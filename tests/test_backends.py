@@ -353,6 +353,47 @@ def test_fused_forms_are_accurate(name, case, dtype, activation, gated):
 
 
 @pytest.mark.optimised
+@pytest.mark.parametrize("grouped_in", [True, False])
+@pytest.mark.parametrize("one_choice, num_chunks", [(True, 2), (False, 2)])
+@pytest.mark.parametrize(("name", "case", "dtype"), RUNS)
+def test_down_projection_is_accurate(
+  name, case, dtype, one_choice, num_chunks, grouped_in
+):
+  backend = load(name)
+  skip_if_refused(backend, case, dtype)
+  case = case._replace(top_k=1) if one_choice else case
+  arrays, options = operands(case, dtype), options_for(dtype)
+  x, w = arrays["x"]["grouped" if grouped_in else "tokens"], arrays["w"]
+  bias, rng = arrays["bias"], np.random.default_rng(1)
+  options |= dict(bias=bias, grouped_in=grouped_in, num_chunks=num_chunks)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(backend, gates, ids):
+    routing = route(ids, case.num_experts)
+    return backend.down_projection(x, w, gates, routing, **options)
+
+  for pattern in strategies.PATTERNS:
+    ids = strategies.expert_ids(case, pattern)
+    gates = rng.normal(size=ids.shape).astype(np.float32)
+    gates[(ids < 0) | (ids >= case.num_experts)] = np.nan
+    poison_memory()
+    got = run(backend, gates, ids)
+    layout = dict(bias=bias, grouped_in=grouped_in, grouped_out=True)
+    truth, *baseline = (
+      oracle.combine(rows, gates, ids, case.num_experts)
+      for rows in (
+        oracle.scatter2scatter(x, w, ids, **layout),
+        *(
+          plain.scatter2scatter(x, w, ids, matmul=matmul, **layout)
+          for matmul in matmuls_of(dtype)
+        ),
+      )
+    )
+    baseline = [jnp.asarray(b, dtype) for b in baseline]
+    assert_accurate(got, truth, baseline, err_msg=pattern)
+
+
+@pytest.mark.optimised
 @pytest.mark.parametrize(
   "num_chunks, at_once", [(1, True), (2, False), (2, True)]
 )

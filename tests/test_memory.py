@@ -70,6 +70,35 @@ def test_chunks_lower_the_peak():
   assert peak(num_chunks=6) <= peak() - expanded // 2
 
 
+def test_a_single_choice_is_neither_expanded_nor_summed(monkeypatch):
+  (x, gates, w_in, w_out, _), _ = layer_inputs()
+  ids = jax.random.randint(jax.random.key(6), (T, 1), -1, E)
+  rows = []
+  product = xla.scatter2scatter
+
+  def record(*args, grouped_out=False, **options):
+    rows.append((grouped_out, options.get("columns")))
+    return product(*args, grouped_out=grouped_out, **options)
+
+  monkeypatch.setattr(
+    xla,
+    "down_projection",
+    functools.partial(composed.down_projection, record, xla.by_columns),
+  )
+  monkeypatch.setattr(xla, "scatter2scatter", record)
+  for name in ("sum_choices", "weigh_choices"):
+    monkeypatch.setattr(composed, name, None)
+
+  def loss(x, gates, w_in, w_out):
+    routing = sm.route(ids, E)
+    options = dict(num_chunks=4, implementation="xla")
+    return jnp.sum(sm.smoe_mlp(x, gates, routing, w_in, w_out, **options))
+
+  jax.make_jaxpr(jax.grad(loss, (0, 1, 2, 3)))(x, gates[:, :1], w_in, w_out)
+  # y, and dx.
+  assert rows == [(False, None)] * 2
+
+
 @pytest.mark.parametrize(
   "case",
   [

@@ -125,6 +125,26 @@ def test_slices_of_columns_interpreted(grouped_in, transpose_w, width):
 
 
 @needs_mosaic
+@pytest.mark.parametrize(
+  "grouped_in", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
+def test_rows_of_one_choice_are_weighed_and_scattered_interpreted(grouped_in):
+  from tests.interpreted_mosaic import mosaic_interpreted
+
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, NUM_EXPERTS + 1, (140, 1))
+  routing, columns = route(jnp.asarray(ids, jnp.int32), NUM_EXPERTS), N + 64
+  x, w = normal(rng, 140, D), normal(rng, NUM_EXPERTS, D, columns)
+  gates = jnp.asarray(rng.normal(size=ids.shape), jnp.float32)
+  gates = jnp.where(ids < NUM_EXPERTS, gates, jnp.nan)
+  options = dict(
+    bias=normal(rng, NUM_EXPERTS, columns), grouped_in=grouped_in, num_chunks=2
+  )
+  got = mosaic_interpreted().down_projection(x, w, gates, routing, **options)
+  assert_equals_xla("down_projection", got, x, w, gates, routing, **options)
+
+
+@needs_mosaic
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", [True, False])
 def test_fused_forms_interpreted_without_races(gated):

@@ -153,6 +153,9 @@ def test_slices_of_columns_equal_autodiff_in_float64(
     another = types.ModuleType("another")
     vars(another).update(vars(xla))
     another.by_columns = composed.by_columns
+    another.down_projection = functools.partial(
+      composed.down_projection, xla.scatter2scatter, another.by_columns
+    )
     another.group_xty_and_sum = functools.partial(
       composed.group_xty_and_sum, xla.group_xty, another.by_columns
     )

@@ -19,6 +19,11 @@ A backend is a module with the functions below. None of them is differentiable;
       -> (h or None, a)
       h = scatter2scatter(x, w, grouped_out=True); a = activation(h).
 
+  down_projection(x, w, gates, routing, *, bias, grouped_in, num_chunks,
+                  precision) -> (T, d)
+      out[t] = sum_j gates[t, j] scatter2scatter(x, w)[row of choice j of t], in
+      slices of columns; of one choice, no row is made but the result's.
+
   down_projection_grad(dy, w, h, gates, routing, *, activation, precision)
       -> (dh, weighted_a, dgates)
       The backward of `sum_j gates * (activation(h) @ w)` down to h:
@@ -46,7 +51,7 @@ Source: ScatterMoE (Tan et al., 2024), scatter2scatter and groupXtY; SonicMoE
 (Guo et al., 2025, arXiv 2512.14080), algorithm 3, for `down_projection_grad`.
 """
 
-from scattermoe_jax.kernels.composed import sum_choices
+from scattermoe_jax.kernels.composed import sum_choices, weigh_choices
 from scattermoe_jax.kernels.contract import (
   IMPLEMENTATIONS,
   Columns,
@@ -64,4 +69,5 @@ __all__ = [
   "choose_backend",
   "report",
   "sum_choices",
+  "weigh_choices",
 ]

@@ -39,6 +39,43 @@ def up_projection(
   return (h if keep_h else None), a
 
 
+def down_projection(
+  scatter2scatter: Callable[..., Array],
+  by_columns: Callable[..., Array],
+  x: Float[Array, "rows n"],
+  w: Float[Array, "E n d"],
+  gates: Float[Array, "T k"],
+  routing: Routing,
+  *,
+  bias: Float[Array, "E d"] | None = None,
+  grouped_in: bool = True,
+  num_chunks: int = 1,
+  precision: Any = None,
+) -> Float[Array, "T d"]:
+  """Returns out[t] = sum_j gates[t, j] (x w_e + bias_e)[row of choice j]."""
+
+  def rows_out(x, columns, grouped_out=True):
+    return scatter2scatter(
+      x,
+      w,
+      routing,
+      bias=bias,
+      grouped_in=grouped_in,
+      grouped_out=grouped_out,
+      columns=columns,
+      precision=precision,
+    )
+
+  if routing.top_k == 1:
+    # A token's only row is stored where the token lies: none is expanded.
+    return weigh_rows(rows_out(x, None, grouped_out=False), gates, routing)
+
+  def weighed(x, columns):
+    return weigh_choices(rows_out(x, columns), gates, routing)
+
+  return by_columns(weighed, x, w.shape[2], num_chunks)
+
+
 def down_projection_grad(
   scatter2scatter: Callable[..., Array],
   dy: Float[Array, "T d"],
@@ -150,3 +187,38 @@ def sum_choices(
   choices = take_rows(rows, routing.grouped_ids)
   wide = accumulator_dtype(rows.dtype)
   return jnp.sum(choices, axis=1, dtype=wide).astype(rows.dtype)
+
+
+def weigh_choices(
+  y: Float[Array, "S d"], gates: Float[Array, "T k"], routing: Routing
+) -> Float[Array, "T d"]:
+  """Returns out[t] = sum_j gates[t, j] y[grouped row of choice j of t].
+
+  Choices that are 'not here' add nothing, whatever their gates hold.
+  """
+  wide = accumulator_dtype(y.dtype)
+  choices = take_rows(y, routing.grouped_ids).astype(wide)
+  gates = gates_here(gates, routing)
+  return jnp.sum(gates.astype(wide)[:, :, None] * choices, axis=1).astype(
+    y.dtype
+  )
+
+
+def weigh_rows(
+  y: Float[Array, "T d"], gates: Float[Array, "T 1"], routing: Routing
+) -> Float[Array, "T d"]:
+  """Returns `weigh_choices` of rows that lie as their tokens do, for k = 1."""
+  wide = accumulator_dtype(y.dtype)
+  gates = gates_here(gates, routing).astype(wide)
+  return (gates * y.astype(wide)).astype(y.dtype)
+
+
+def gates_here(
+  gates: Float[Array, "T k"], routing: Routing
+) -> Float[Array, "T k"]:
+  """Returns the gates, zero for 'not here'."""
+  # What is not here sorts last, so that a number tells it, where another gather
+  # would be a kernel of its own. Its gates may be NaN, which no zero stops.
+  num_here = jnp.sum(routing.group_sizes, dtype=jnp.int32)
+  here = routing.grouped_ids < num_here
+  return jnp.where(here, gates, jnp.zeros_like(gates))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scattermoe_jax.kernels import accumulator_dtype
+from scattermoe_jax.kernels import accumulator_dtype, weigh_choices
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.operands import as_operands
@@ -50,22 +50,6 @@ def gates_of_rows(
   row_gates = take_rows(gates.reshape(-1), routing.scattered_ids)
   here = routing.expert_ids < routing.num_experts
   return jnp.where(here, row_gates, jnp.zeros_like(row_gates))
-
-
-def weigh_choices(
-  y: Float[Array, "S d"], gates: Float[Array, "T k"], routing: Routing
-) -> Float[Array, "T d"]:
-  """Computes `combine`, without checks and without a gradient."""
-  wide = accumulator_dtype(y.dtype)
-  choices = take_rows(y, routing.grouped_ids).astype(wide)
-  # What is not here sorts last, so that a number tells it, where another gather
-  # would be a kernel of its own. Its gates may be NaN, which no zero stops.
-  num_here = jnp.sum(routing.group_sizes, dtype=jnp.int32)
-  here = routing.grouped_ids < num_here
-  gates = jnp.where(here, gates, jnp.zeros_like(gates))
-  return jnp.sum(gates.astype(wide)[:, :, None] * choices, axis=1).astype(
-    y.dtype
-  )
 
 
 @jax.custom_vjp

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from scattermoe_jax.kernels import choose_backend
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import get_activation
-from scattermoe_jax.ops.combine import gates_of_rows, weigh_choices
+from scattermoe_jax.ops.combine import gates_of_rows
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.operands import as_operands
 from scattermoe_jax.ops.parallel_linear import linear_problems
@@ -89,16 +89,9 @@ class _Static(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_combine(static, x, gates, w, routing):
   backend, grouped_in, precision = static
-  # Grouped rows out, and each token gathers its own: no scatter, no atomics.
-  y_rows = backend.scatter2scatter(
-    x,
-    w,
-    routing,
-    grouped_in=grouped_in,
-    grouped_out=True,
-    precision=precision,
+  return backend.down_projection(
+    x, w, gates, routing, grouped_in=grouped_in, precision=precision
   )
-  return weigh_choices(y_rows, gates, routing)
 
 
 def _fwd(static, x, gates, w, routing):

@@ -17,7 +17,7 @@ from scattermoe_jax._compat import varying_axes
 from scattermoe_jax.kernels import accumulator_dtype, choose_backend
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import Activation, get_activation
-from scattermoe_jax.ops.combine import gates_of_rows, weigh_choices
+from scattermoe_jax.ops.combine import gates_of_rows
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.operands import as_operands
 from scattermoe_jax.ops.parallel_linear import bias_grad, linear_problems
@@ -57,6 +57,7 @@ def smoe_mlp(
       is made and summed, once forward and once backward: the peak of memory
       falls, the products stay the same. From four on mosaic may hold a slice
       beside dw_in, to be faster: then four can take more than two or three.
+      Of no effect for k = 1, where each row is stored as its token lies.
     precision: of the products, as `jax.lax.dot_general` takes it.
     implementation: "mosaic", "triton" or "xla"; None for the first that can.
 
@@ -154,20 +155,16 @@ def _forward(
     precision=precision,
   )
 
-  def combined(a, columns):
-    y_rows = backend.scatter2scatter(
-      a,
-      w_out,
-      routing,
-      bias=bias_out,
-      grouped_in=True,
-      grouped_out=True,
-      columns=columns,
-      precision=precision,
-    )
-    return weigh_choices(y_rows, gates, routing)
-
-  return backend.by_columns(combined, a, x.shape[1], num_chunks), h
+  y = backend.down_projection(
+    a,
+    w_out,
+    gates,
+    routing,
+    bias=bias_out,
+    num_chunks=num_chunks,
+    precision=precision,
+  )
+  return y, h
 
 
 def _fwd(static, *primals):
@@ -205,37 +202,44 @@ def _bwd(static, residuals, dy):
   )
   dw_out, dh = lax.optimization_barrier((dw_out, dh))
 
-  def rows_of_dx(dh, columns):
+  def rows_of_dx(dh, columns, grouped_out=True):
     return backend.scatter2scatter(
       dh,
       w_in,
       routing,
       grouped_in=True,
-      grouped_out=True,
+      grouped_out=grouped_out,
       transpose_w=True,
       columns=columns,
       precision=precision,
     )
 
-  # Made at once XLA can drop neither: so only where both are wanted. And not on
-  # a mesh, where rows may be of other devices' experts, and the product too
-  # short to sum all of them beside it.
-  both_wanted = differentiated.x and differentiated.w_in
-  on_mesh = varying_axes(x, routing)
-  dw_in, dx = backend.group_xty_and_sum(
-    x,
-    dh,
-    rows_of_dx,
-    routing,
-    num_chunks=num_chunks,
-    at_once=(
-      both_wanted
-      and not on_mesh
-      and _outgrow(routing.num_rows * x.shape[1], w_in.size, num_chunks)
-    ),
-    y_grouped=True,
-    precision=precision,
-  )
+  if routing.top_k == 1:
+    # A token's only row is its sum, and stored where the token lies.
+    dx = rows_of_dx(dh, None, grouped_out=False)
+    dw_in = backend.group_xty(
+      x, dh, routing, y_grouped=True, precision=precision
+    )
+  else:
+    # Made at once XLA can drop neither: so only where both are wanted. And not
+    # on a mesh, where rows may be of other devices' experts, and the product
+    # too short to sum all of them beside it.
+    both_wanted = differentiated.x and differentiated.w_in
+    on_mesh = varying_axes(x, routing)
+    dw_in, dx = backend.group_xty_and_sum(
+      x,
+      dh,
+      rows_of_dx,
+      routing,
+      num_chunks=num_chunks,
+      at_once=(
+        both_wanted
+        and not on_mesh
+        and _outgrow(routing.num_rows * x.shape[1], w_in.size, num_chunks)
+      ),
+      y_grouped=True,
+      precision=precision,
+    )
   dbias_in = dbias_out = None
   if bias_in is not None:
     # Rows of dx are gone by then.

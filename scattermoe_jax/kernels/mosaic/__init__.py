@@ -10,7 +10,6 @@ compile. (JAX numbers what it lowers, so that equal kernels differ: 0.11.)
 """
 
 import functools
-import inspect
 from typing import Any
 
 import jax
@@ -24,60 +23,28 @@ from scattermoe_jax.kernels.composed import by_columns
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.mosaic.lowering import lowers
+from scattermoe_jax.kernels.mosaic.padding import (
+  TILE_WIDTH,
+  pad,
+  pad_rows,
+  padded,
+)
+from scattermoe_jax.kernels.mosaic.support import check, missing_feature
 from scattermoe_jax.kernels.schedule import places_in_windows
 from scattermoe_jax.kernels.tuning import chosen_config
 from scattermoe_jax.routing import Routing, take_rows
 
-_DTYPES = ("bfloat16", "float16")
-# Copies move 16 bytes of a row, or boxes of 8 rows.
-_MULTIPLE = 8
-# The tensor core reads tiles of 64 columns; other widths are padded to them.
-_TILE_WIDTH = 64
-# What 32 bits reach that count chunks of 8 elements (`layouts.at_chunk`).
-_MOST_ELEMENTS = 2**35
-
-
-def check(problem: Problem) -> str | None:
-  """Returns why `problem` cannot run here, in words, or None."""
-  capability = problem.device.capability
-  if problem.device.platform != "gpu" or capability != (9, 0):
-    return (
-      "mosaic runs on Hopper GPUs (compute capability 9.0), this is "
-      f"{problem.device.kind}"
-    )
-  if problem.dtype not in _DTYPES:
-    return f"mosaic multiplies {' or '.join(_DTYPES)}, got {problem.dtype}"
-  for name, width in (("d_in", problem.d_in), ("d_out", problem.d_out)):
-    if width % _MULTIPLE or not width:
-      return (
-        f"mosaic needs widths that are multiples of {_MULTIPLE}, got "
-        f"{name} = {width}"
-      )
-    if problem.num_rows * _padded(width) > _MOST_ELEMENTS:
-      return (
-        f"mosaic reaches {_MOST_ELEMENTS} elements of an array of rows, got "
-        f"{problem.num_rows} rows of {name} = {width}"
-      )
-  return missing_feature()
-
-
-@functools.cache
-def missing_feature() -> str | None:
-  """Returns what this JAX lacks, or None."""
-  try:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-  except Exception as error:
-    return f"this JAX does not import Pallas Mosaic GPU ({error})"
-  # JAX 0.11.2 has them all.
-  for name in ("inline_mgpu", "force_gpu_interpret_mode"):
-    if not hasattr(plgpu, name):
-      return f"this JAX is too old for mosaic: Pallas has no {name}"
-  arguments = (("kernel", "out_type"), ("barrier_arrive", "predicate"))
-  for name, argument in arguments:
-    function = getattr(plgpu, name, None)
-    if not function or argument not in inspect.signature(function).parameters:
-      return f"this JAX is too old for mosaic: its {name} takes no {argument}"
-  return None
+__all__ = [
+  "by_columns",
+  "check",
+  "down_projection",
+  "down_projection_grad",
+  "group_xty",
+  "group_xty_and_sum",
+  "missing_feature",
+  "scatter2scatter",
+  "up_projection",
+]
 
 
 def scatter2scatter(
@@ -86,6 +53,7 @@ def scatter2scatter(
   routing: Routing,
   *,
   bias: Float[Array, "E n"] | None = None,
+  gates: Float[Array, " S"] | None = None,
   grouped_in: bool = False,
   grouped_out: bool = False,
   transpose_w: bool = False,
@@ -100,6 +68,8 @@ def scatter2scatter(
     w: (E, d, n), or (E, n, d) if `transpose_w`.
     routing: the routing.
     bias: (E, n), added to the rows of its expert.
+    gates: one for each grouped row, by which it is multiplied before it is
+      rounded; of this backend alone.
     grouped_in: whether x is in grouped order.
     grouped_out: whether y is.
     transpose_w: whether to multiply by the transpose of w[e].
@@ -112,7 +82,7 @@ def scatter2scatter(
   if columns is not None:
     bias = None if bias is None else columns.of(bias, 1)
     # What would have to be padded is copied: then rather the slice alone.
-    if any(size % _TILE_WIDTH for size in (columns.width, *w.shape[1:])):
+    if any(size % TILE_WIDTH for size in (columns.width, *w.shape[1:])):
       w = columns.of(w, 1 if transpose_w else 2)
     else:
       slice_index = jnp.asarray(columns.slice_index, jnp.int32)
@@ -134,6 +104,7 @@ def scatter2scatter(
     x,
     w,
     bias,
+    gates,
     routing,
     slice_index,
     plan=plan,
@@ -144,23 +115,24 @@ def scatter2scatter(
 
 @functools.partial(jax.jit, static_argnames=("plan", "grouped_out", "d_out"))
 def _store_rows(
-  x, w, bias, routing, slice_index, *, plan, grouped_out: bool, d_out: int
+  x, w, bias, gates, routing, slice_index, *, plan, grouped_out, d_out
 ):
   from scattermoe_jax.kernels.mosaic import epilogues, grouped_matmul
 
   @jax.custom_batching.sequential_vmap
-  def run(x, w, bias, routing, slice_index):
+  def run(x, w, bias, gates, routing, slice_index):
     epilogue = epilogues.StoreRows(
-      bias=_pad(bias, 1),
+      bias=pad(bias, 1),
+      gates=gates,
       scattered_ids=None if grouped_out else routing.scattered_ids,
     )
-    x = _pad(x, 1)
-    x = _pad_rows(x) if plan.grouped_in else x
-    w = _pad(w, 1, 2)
+    x = pad(x, 1)
+    x = pad_rows(x) if plan.grouped_in else x
+    w = pad(w, 1, 2)
     [y] = grouped_matmul.multiply(x, w, routing, epilogue, plan, slice_index)
     return y[:, :d_out]
 
-  return run(x, w, bias, routing, slice_index)
+  return run(x, w, bias, gates, routing, slice_index)
 
 
 def up_projection(
@@ -179,7 +151,7 @@ def up_projection(
   The activation is computed from the sums in float32, before h is rounded.
   """
   halves = 2 if activation.gated else 1
-  if not _fuses(routing, activation, w.shape[2], halves * _TILE_WIDTH):
+  if not _fuses(routing, activation, w.shape[2], halves * TILE_WIDTH):
     return composed.up_projection(
       scatter2scatter,
       x,
@@ -207,10 +179,48 @@ def _activate(x, w, bias, routing, *, plan, activation, keep_h: bool):
   def run(x, w, bias, routing):
     epilogue = epilogues.Activate(activation, keep_h, bias)
     return grouped_matmul.multiply(
-      _pad(x, 1), _pad(w, 1), routing, epilogue, plan
+      pad(x, 1), pad(w, 1), routing, epilogue, plan
     )
 
   return run(x, w, bias, routing)
+
+
+def down_projection(
+  x: Float[Array, "rows n"],
+  w: Float[Array, "E n d"],
+  gates: Float[Array, "T k"],
+  routing: Routing,
+  *,
+  bias: Float[Array, "E d"] | None = None,
+  grouped_in: bool = True,
+  num_chunks: int = 1,
+  precision=None,
+  config: TileConfig | None = None,
+) -> Float[Array, "T d"]:
+  """Returns out[t] = sum_j gates[t, j] (x w_e + bias_e)[row of choice j]."""
+  if routing.top_k != 1:
+    return composed.down_projection(
+      functools.partial(scatter2scatter, config=config),
+      by_columns,
+      x,
+      w,
+      gates,
+      routing,
+      bias=bias,
+      grouped_in=grouped_in,
+      num_chunks=num_chunks,
+      precision=precision,
+    )
+  gates = composed.gates_here(gates, routing).reshape(-1)
+  return scatter2scatter(
+    x,
+    w,
+    routing,
+    bias=bias,
+    gates=take_rows(gates, routing.scattered_ids),
+    grouped_in=grouped_in,
+    config=config,
+  )
 
 
 def down_projection_grad(
@@ -229,7 +239,7 @@ def down_projection_grad(
   da' = dy w_e^T; dgates = <da', a>; dh = (gates da') dact/dh;
   weighted_a = gates a.
   """
-  if not _fuses(routing, activation, w.shape[1], _TILE_WIDTH):
+  if not _fuses(routing, activation, w.shape[1], TILE_WIDTH):
     return composed.down_projection_grad(
       scatter2scatter,
       dy,
@@ -253,9 +263,9 @@ def _differentiate(dy, w, h, gates, routing, *, plan, activation):
 
   @jax.custom_batching.sequential_vmap
   def run(dy, w, h, gates, routing):
-    epilogue = epilogues.Differentiate(activation, _pad_rows(h), gates)
+    epilogue = epilogues.Differentiate(activation, pad_rows(h), gates)
     dh, weighted_a, sums = grouped_matmul.multiply(
-      _pad(dy, 1), _pad(w, 2), routing, epilogue, plan
+      pad(dy, 1), pad(w, 2), routing, epilogue, plan
     )
     places = places_in_windows(
       routing.expert_ids, routing.group_sizes, *plan.windows
@@ -368,30 +378,10 @@ def _plan(
   return Plan(
     num_rows=routing.num_rows,
     num_experts=routing.num_experts,
-    d_in=_padded(d_in),
-    d_out=_padded(d_out),
+    d_in=padded(d_in),
+    d_out=padded(d_out),
     dtype=x.dtype,
     config=chosen_config(op, problem, config),
     transpose_w=transpose_w,
     **fields,
   )
-
-
-def _padded(width: int) -> int:
-  return -(-width // _TILE_WIDTH) * _TILE_WIDTH
-
-
-def _pad(array, *axes: int):
-  """Returns the array with zeros up to a multiple of 64 along `axes`."""
-  if array is None:
-    return None
-  pad = [(0, 0)] * array.ndim
-  for axis in axes:
-    pad[axis] = (0, _padded(array.shape[axis]) - array.shape[axis])
-  return jnp.pad(array, pad) if any(after for _, after in pad) else array
-
-
-def _pad_rows(array: Float[Array, "S d"]) -> Float[Array, "_ d"]:
-  """Returns the array with zero rows up to a multiple of 8, as TMA asks."""
-  missing = -array.shape[0] % _MULTIPLE
-  return jnp.pad(array, ((0, missing), (0, 0))) if missing else array

@@ -3,7 +3,7 @@
 An epilogue gets the float32 sums of one consumer's part of a tile and writes to
 global memory, 64 columns at a time through a small ring of shared memory.
 
-  StoreRows        y = acc + bias
+  StoreRows        y = acc + bias, or gates (acc + bias)
   Activate         h = acc + bias, a = f(h)
   Differentiate    da' = acc; dh = (gates da') f'(h), gates a, <da', a>
 
@@ -88,15 +88,17 @@ class Epilogue:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoreRows(Epilogue):
-  """Stores products, plus a bias, in grouped or in scattered order.
+  """Stores products, plus a bias, weighed, in grouped or in scattered order.
 
   Attributes:
     bias: one per expert and column, or None.
+    gates: one per grouped row, or None.
     scattered_ids: the scattered row of each grouped row; None to store in
       grouped order.
   """
 
   bias: Float[Array, "E n"] | None = None
+  gates: Float[Array, " S"] | None = None
   scattered_ids: Int[Array, " S"] | None = None
   name = "scatter2scatter"
   holds = True
@@ -105,7 +107,9 @@ class StoreRows(Epilogue):
     # The bias of a whole tile is read, which may reach past the last column.
     width = plan.num_tiles_n * plan.part_n
     bias = [] if self.bias is None else [_pad_bias(self.bias, width)]
-    return bias + ([] if self.scattered_ids is None else [self.scattered_ids])
+    gates = [] if self.gates is None else [_pad_gates(self.gates, plan)]
+    ids = [] if self.scattered_ids is None else [self.scattered_ids]
+    return bias + gates + ids
 
   def out_types(self, plan):
     return [jax.ShapeDtypeStruct((plan.num_rows, plan.d_out), plan.dtype)]
@@ -117,12 +121,15 @@ class StoreRows(Epilogue):
     return [y, rows.ids_type(plan.part_m)]
 
   def hold(self, plan, accs, tile, extra, rows):
-    bias = extra[0] if self.bias is not None else None
+    extra = list(extra)
+    bias = extra.pop(0) if self.bias is not None else None
     column = tile.index_n * plan.part_n
     y = _add_bias(accs[0], bias, tile, column)
+    if self.gates is not None:
+      y = _gates_of_rows(plan, extra.pop(0), tile, y.shape) * y
     held = [y.astype(plan.dtype)]
     if self.scattered_ids is not None:
-      held.append(rows.look_up(extra[-1], tile.row, tile.end, plan.part_m))
+      held.append(rows.look_up(extra[0], tile.row, tile.end, plan.part_m))
     return held
 
   def pieces(self, plan, held, tile, extra, outs, scratch, rows):
@@ -217,9 +224,7 @@ class Differentiate(Epilogue):
     return self.activation.is_exponential
 
   def operands(self, plan):
-    # A part may reach past the last row; what it reads there is not stored.
-    gates = self.gates.astype(jnp.float32)
-    return [self.h, jnp.pad(gates, (0, plan.config.block_m))]
+    return [self.h, _pad_gates(self.gates, plan)]
 
   def out_types(self, plan):
     a = jax.ShapeDtypeStruct((plan.num_rows, plan.d_out), plan.dtype)
@@ -249,10 +254,7 @@ class Differentiate(Epilogue):
     [acc], (dh_out, a_out, sums_out) = accs, outs
     ring = _Ring(plan, tile, rows, *scratch)
     shape = (plan.part_m, lt.COLUMNS)
-    gates = plgpu.load(
-      extra[1].at[pl.ds(tile.row, plan.part_m)], optimized=False
-    )
-    gate = lax.broadcast_in_dim(gates, shape, (0,))
+    gate = _gates_of_rows(plan, extra[1], tile, shape)
     sums = jnp.zeros((plan.part_m,), jnp.float32)
     copies = self.h.shape[1] // plan.d_out
     for j, (columns, column) in enumerate(_chunks(plan, tile)):
@@ -315,6 +317,18 @@ def _add_bias(sums, bias, tile, column):
   columns = bias.at[tile.expert, pl.ds(column, sums.shape[1])]
   values = plgpu.load(columns, optimized=False).astype(jnp.float32)
   return sums + lax.broadcast_in_dim(values, sums.shape, (1,))
+
+
+def _pad_gates(gates: Float[Array, " S"], plan) -> Float[Array, " _"]:
+  """Returns the gates of S rows and of those that a part may have past them."""
+  # What it reads there is not stored.
+  return jnp.pad(gates.astype(jnp.float32), (0, plan.config.block_m))
+
+
+def _gates_of_rows(plan, gates, tile, shape):
+  """Returns the gate of each row of a part, in all columns."""
+  rows = gates.at[pl.ds(tile.row, plan.part_m)]
+  return lax.broadcast_in_dim(plgpu.load(rows, optimized=False), shape, (0,))
 
 
 class _Ring:

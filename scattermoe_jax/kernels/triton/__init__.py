@@ -181,6 +181,9 @@ down_projection_grad = functools.partial(
   composed.down_projection_grad, scatter2scatter
 )
 by_columns = composed.by_columns
+down_projection = functools.partial(
+  composed.down_projection, scatter2scatter, by_columns
+)
 group_xty_and_sum = functools.partial(
   composed.group_xty_and_sum, group_xty, by_columns
 )
