@@ -8,7 +8,7 @@ from typing import NamedTuple
 from scattermoe_jax.sharding.traffic import Layer, bytes_received
 
 # Assumptions, all of them.
-PRODUCTS = 550e12  # FLOP/s of a grouped product in bfloat16; docs/kernels.md
+PRODUCTS = 550e12  # FLOP/s of a grouped product in bfloat16
 NVLINK = 360e9  # bytes/s into a GPU: 80 % of 450 GB/s
 NETWORK = 45e9  # bytes/s into a GPU: 90 % of one 400 Gbit/s port each
 NODE = 8  # GPUs that share NVLink
