@@ -36,7 +36,7 @@ def composed_mlp(
   """Returns the SwiGLU layer as one would write it in JAX today.
 
   A copy of the rows in grouped order, `jax.lax.ragged_dot` twice, a gather and
-  a weighed sum. Autodiff makes its backward.
+  a weighted sum. Autodiff makes its backward.
   """
   rows = input_rows(routing, x.shape[0], grouped=False)
   h = lax.ragged_dot(x[rows], w_in, routing.group_sizes)

@@ -11,7 +11,7 @@ them is not. All implementations of a shape take turns in one run:
   scattermoe_jax_chunked   the same in chunks of columns, as many as
                            `layer_steps.chunks_of` says: less memory
   dense                    the dense products of the same FLOPs, nothing else
-  composed                 a gather, jax.lax.ragged_dot twice, a weighed sum
+  composed                 a gather, jax.lax.ragged_dot twice, a weighted sum
   sonicmoe scattermoe tokamax   if installed (`benchmarks.peers`)
 
 `peak_mib` is what a step needs beside its arguments: XLA's temporaries and the

@@ -1,4 +1,4 @@
-"""combine: the weighed sum of each token's rows, and its gradient."""
+"""combine: the weighted sum of each token's rows, and its gradient."""
 
 import jax
 import jax.numpy as jnp

@@ -86,7 +86,7 @@ def test_a_single_choice_is_neither_expanded_nor_summed(monkeypatch):
     functools.partial(composed.down_projection, record, xla.by_columns),
   )
   monkeypatch.setattr(xla, "scatter2scatter", record)
-  for name in ("sum_choices", "weigh_choices"):
+  for name in ("sum_choices", "weighted_sum"):
     monkeypatch.setattr(composed, name, None)
 
   def loss(x, gates, w_in, w_out):

@@ -128,7 +128,7 @@ def test_slices_of_columns_interpreted(grouped_in, transpose_w, width):
 @pytest.mark.parametrize(
   "grouped_in", [True, pytest.param(False, marks=pytest.mark.slow)]
 )
-def test_rows_of_one_choice_are_weighed_and_scattered_interpreted(grouped_in):
+def test_rows_of_one_choice_are_weighted_and_scattered_interpreted(grouped_in):
   from tests.interpreted_mosaic import mosaic_interpreted
 
   rng = np.random.default_rng(0)

@@ -85,7 +85,7 @@ def test_parallel_linear_multiplies_by_its_parameters(use_bias):
 @pytest.mark.parametrize(
   ("gated", "use_bias"), [(True, False), (True, True), (False, True)]
 )
-def test_smoe_mlp_computes_the_weighed_sum(gated, use_bias):
+def test_smoe_mlp_computes_the_weighted_sum(gated, use_bias):
   layer = smnn.SMoEMLP(
     E, N, activation="gelu", gated=gated, use_bias=use_bias, bias_init=NORMAL
   )

@@ -35,7 +35,7 @@ def test_the_first_example_is_twelve_lines_of_code():
 
 def test_the_gates_of_scattermoe_weigh_the_rows_of_their_own_choice():
   [row] = [line for line in README.splitlines() if "gates=p)`" in line]
-  product, weighed = re.findall(r"`([^`]*)`", row.split("|")[2])
+  product, weighted = re.findall(r"`([^`]*)`", row.split("|")[2])
   rng = np.random.default_rng(0)
   x, w, p = (
     jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -47,7 +47,7 @@ def test_the_gates_of_scattermoe_weigh_the_rows_of_their_own_choice():
   operands = (p, x, w[ids])
   form, wide = "tk,td,tkdn->tn", [np.asarray(a, np.float64) for a in operands]
   truth, plain = np.einsum(form, *wide), jnp.einsum(form, *operands)
-  assert_accurate(eval(weighed, names), truth, plain)
+  assert_accurate(eval(weighted, names), truth, plain)
 
 
 def test_it_is_read_in_one_sitting():

@@ -49,7 +49,7 @@ def example(batch, length):
 
 
 def loss(op, ids, given, axes):
-  """Returns a weighed sum of `op` between two reshapes, as in a model."""
+  """Returns a weighted sum of `op` between two reshapes, as in a model."""
   x, gates = given["x"], given["gates"]
   tokens = (x @ given["before"]).reshape(-1, D_MODEL)
   weights = given["w"], given["w_in"], given["w_out"]

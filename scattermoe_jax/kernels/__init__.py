@@ -51,7 +51,7 @@ Source: ScatterMoE (Tan et al., 2024), scatter2scatter and groupXtY; SonicMoE
 (Guo et al., 2025, arXiv 2512.14080), algorithm 3, for `down_projection_grad`.
 """
 
-from scattermoe_jax.kernels.composed import sum_choices, weigh_choices
+from scattermoe_jax.kernels.composed import sum_choices, weighted_sum
 from scattermoe_jax.kernels.contract import (
   IMPLEMENTATIONS,
   Columns,
@@ -69,5 +69,5 @@ __all__ = [
   "choose_backend",
   "report",
   "sum_choices",
-  "weigh_choices",
+  "weighted_sum",
 ]

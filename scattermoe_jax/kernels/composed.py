@@ -68,12 +68,12 @@ def down_projection(
 
   if routing.top_k == 1:
     # A token's only row is stored where the token lies: none is expanded.
-    return weigh_rows(rows_out(x, None, grouped_out=False), gates, routing)
+    return weighted_rows(rows_out(x, None, grouped_out=False), gates, routing)
 
-  def weighed(x, columns):
-    return weigh_choices(rows_out(x, columns), gates, routing)
+  def weighted(x, columns):
+    return weighted_sum(rows_out(x, columns), gates, routing)
 
-  return by_columns(weighed, x, w.shape[2], num_chunks)
+  return by_columns(weighted, x, w.shape[2], num_chunks)
 
 
 def down_projection_grad(
@@ -189,7 +189,7 @@ def sum_choices(
   return jnp.sum(choices, axis=1, dtype=wide).astype(rows.dtype)
 
 
-def weigh_choices(
+def weighted_sum(
   y: Float[Array, "S d"], gates: Float[Array, "T k"], routing: Routing
 ) -> Float[Array, "T d"]:
   """Returns out[t] = sum_j gates[t, j] y[grouped row of choice j of t].
@@ -204,10 +204,10 @@ def weigh_choices(
   )
 
 
-def weigh_rows(
+def weighted_rows(
   y: Float[Array, "T d"], gates: Float[Array, "T 1"], routing: Routing
 ) -> Float[Array, "T d"]:
-  """Returns `weigh_choices` of rows that lie as their tokens do, for k = 1."""
+  """Returns `weighted_sum` of rows that lie as their tokens do, for k = 1."""
   wide = accumulator_dtype(y.dtype)
   gates = gates_here(gates, routing).astype(wide)
   return (gates * y.astype(wide)).astype(y.dtype)

@@ -74,7 +74,7 @@ class MixtureOfAttention(nn.Module):
     sliding_window: how many tokens a token sees; None for all before it.
     scale: of the attention logits; None for d_head^-0.5.
     use_output_bias: whether one vector, the parameter `output_bias` (d,), is
-      added to the weighed sum (JetMoE).
+      added to the weighted sum (JetMoE).
     dtype: of the computation, except the router's; None for what x and the
       parameters promote to.
     param_dtype: of the parameters.

@@ -28,7 +28,7 @@ from scattermoe_jax.routing import Routing, route, take_rows
 
 
 class SMoEMLP(nn.Module):
-  """E two-layer MLPs and the weighed sum of each token's k; routing given.
+  """E two-layer MLPs and the weighted sum of each token's k; routing given.
 
   Parameters: `w_gate_up` (E, d, 2n), the gate half first, or `w_in` (E, d, n)
   if not gated; `w_out` (E, n, d); `bias_in` and `bias_out` if `use_bias`.
@@ -77,7 +77,7 @@ class SMoEMLP(nn.Module):
     gates: Float[Array, "*batch k"],
     expert_ids: Int[Array, "*batch k"] | Routing,
   ) -> Float[Array, "*batch d"]:
-    """Returns the weighed sum of each token's k experts.
+    """Returns the weighted sum of each token's k experts.
 
     Args:
       x: tokens.
@@ -209,7 +209,8 @@ class SMoEBlock(nn.Module):
     num_shared_experts: shared experts of width `d_expert` each.
     d_shared: width of all shared experts together; None for
       `num_shared_experts * d_expert`.
-    shared_gate: whether the shared experts are weighed by sigmoid(x w) (Qwen2).
+    shared_gate: whether the shared experts are weighted by sigmoid(x w), as
+      Qwen2's are.
     use_output_bias: whether one vector, the parameter `output_bias` (d,), is
       added to the sum (JetMoE).
     dtype: of the computation, except the router's; None for what x and the

@@ -1,10 +1,10 @@
-"""The k rows of each token, weighed and summed."""
+"""The k rows of each token, weighted and summed."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scattermoe_jax.kernels import accumulator_dtype, weigh_choices
+from scattermoe_jax.kernels import accumulator_dtype, weighted_sum
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.operands import as_operands
@@ -33,7 +33,7 @@ def combine(
     TypeError: if either is not of a floating-point dtype, or no array.
 
   Residuals: y (S, d) and gates (T, k) as given, and the ids of `routing`.
-  Source: ScatterMoE (Tan et al., 2024, arXiv 2403.08245), the weighed sum.
+  Source: ScatterMoE (Tan et al., 2024, arXiv 2403.08245), the weighted sum.
   """
   checks.check_arrays("combine", routing, y=y, gates=gates)
   checks.check_rows("combine", y, routing, grouped=True, name="y")
@@ -54,7 +54,7 @@ def gates_of_rows(
 
 @jax.custom_vjp
 def _combine(y, gates, routing):
-  return weigh_choices(_rows_here(y, routing), gates, routing)
+  return weighted_sum(_rows_here(y, routing), gates, routing)
 
 
 def _combine_fwd(y, gates, routing):

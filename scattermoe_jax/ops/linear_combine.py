@@ -1,4 +1,4 @@
-"""A routed linear layer whose k rows are weighed and summed, as one op."""
+"""A routed linear layer whose k rows are weighted and summed, as one op."""
 
 import functools
 from types import ModuleType
@@ -31,7 +31,7 @@ def linear_combine(
   precision: lax.PrecisionLike = None,
   implementation: str | None = None,
 ) -> Float[Array, "T d"]:
-  """Returns the weighed sum of each token's k rows, times their experts' w.
+  """Returns the weighted sum of each token's k rows, times their experts' w.
 
     y[t] = sum_j gates[t, j] (x[t k + j] @ w[e])          e = expert j of t
 

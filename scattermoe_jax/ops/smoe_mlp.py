@@ -39,7 +39,7 @@ def smoe_mlp(
   precision: lax.PrecisionLike = None,
   implementation: str | None = None,
 ) -> Float[Array, "T d"]:
-  """Returns the weighed sum of each token's k experts, each a two-layer MLP.
+  """Returns the weighted sum of each token's k experts, each a two-layer MLP.
 
     h = x w_in[e] + bias_in[e]          a = f(h), or f(h_gate) h_up if m = 2n
     y[t] = sum_j gates[t, j] (a w_out[e] + bias_out[e])     e = expert j of t
@@ -51,7 +51,7 @@ def smoe_mlp(
     w_in: (E, d, n), or (E, d, 2n) with the gate half first: `w_gate_up`.
     w_out: (E, n, d).
     bias_in: added to h.
-    bias_out: added to each expert's output, inside the weighed sum.
+    bias_out: added to each expert's output, inside the weighted sum.
     activation: a name in `ACTIVATIONS`, or an `Activation`.
     num_chunks: in how many slices of its d columns the expanded (S, d) array
       is made and summed, once forward and once backward: the peak of memory

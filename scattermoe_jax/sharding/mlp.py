@@ -174,7 +174,7 @@ def _local(
 def _visit(experts, x, gates, expert_ids, axes, num_local):
   """Sends each row to the device of its expert, and brings its result back.
 
-  The gate goes along: the results come back weighed, so that none of them is
+  The gate goes along: the results come back weighted, so that none of them is
   kept for the gradient of its gate.
   """
   axis_name = axes.expert

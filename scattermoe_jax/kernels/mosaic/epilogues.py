@@ -88,7 +88,7 @@ class Epilogue:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoreRows(Epilogue):
-  """Stores products, plus a bias, weighed, in grouped or in scattered order.
+  """Stores products, plus a bias, times gates, in grouped or scattered order.
 
   Attributes:
     bias: one per expert and column, or None.
