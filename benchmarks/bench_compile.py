@@ -9,7 +9,7 @@ call does, and calls it once on zeros:
   up down dx_down dx_up dw_down dw_up   the products of `benchmarks.bench_ops`
   activation   up with the activation in its epilogue
   derivative   dx_down with the activation's derivative, and gradients of gates
-  dw_up_sum    dw_up, beside the sum of each token's rows of dx
+  dw_up_sum    dw_up, beside the sum of each token's rows of dx, by mosaic
   step         forward and backward of a SwiGLU layer, all of its kernels; for
                one number of experts and no other op, since kernels that were
                compiled once in a process are not compiled again
@@ -40,10 +40,20 @@ def run(
   shape: Shape,
   *,
   experts: Sequence[int],
-  ops: Sequence[str],
+  ops: Sequence[str] | None = None,
   implementation: str | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-  """Yields the records of each number of experts, having printed them."""
+  """Yields the records of each number of experts, having printed them.
+
+  Args:
+    shape: the problem, of whatever E.
+    experts: numbers of experts.
+    ops: of `OPS`; None for all that the backend has but "step".
+    implementation: "mosaic", "triton" or "xla"; None for the first that can.
+
+  Raises:
+    SystemExit: if the backend has no such op.
+  """
   jax.block_until_ready(jax.jit(jnp.sin)(jnp.ones(8)))
   for num_experts in experts:
     sized = shape._replace(num_experts=num_experts)
@@ -54,8 +64,10 @@ def run(
     backend = choose_backend(problems, implementation)
     name = _name_of(backend)
     calls = jobs(sized, backend)
+    if missing := set(ops or ()) - set(calls):
+      raise SystemExit(f"--ops {missing.pop()}: of mosaic alone, not of {name}")
     records = []
-    for op in ops:
+    for op in ops or [op for op in OPS[:-1] if op in calls]:
       records.append(
         {
           "shape": shape.name,
@@ -110,16 +122,20 @@ def _fused(backend, data: layer_products.Data, routing) -> dict[str, Job]:
     )
 
   def dw_up_sum(x, dh, rows, routing):
-    return backend.group_xty_and_sum(
-      x, dh, lambda *_: rows, routing, at_once=True, y_grouped=True
+    from scattermoe_jax.kernels.mosaic import grouped_xty
+
+    return grouped_xty.group_xty_and_sum(
+      x, dh, lambda *_: rows, routing, y_grouped=True
     )
 
   x, dy, h, rows = (data[name] for name in ("x", "dy", "dh", "rows"))
-  return {
+  made = {
     "activation": Job(activated, (x, data["w_in"], routing)),
     "derivative": Job(derivative, (dy, data["w_out"], h, gates, routing)),
-    "dw_up_sum": Job(dw_up_sum, (x, h, rows, routing)),
   }
+  if _name_of(backend) == "mosaic":
+    made["dw_up_sum"] = Job(dw_up_sum, (x, h, rows, routing))
+  return made
 
 
 def _step(shape: Shape, implementation: str) -> Job:
@@ -165,11 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     "--ops",
     nargs="+",
     choices=OPS,
-    default=OPS[:-1],
+    help="all but step, if left out",
   )
   parser.add_argument("--implementation", choices=IMPLEMENTATIONS)
   options = parser.parse_args(arguments)
-  if "step" in options.ops and len(options.ops) * len(options.experts) > 1:
+  ops = options.ops or ()
+  if "step" in ops and len(ops) * len(options.experts) > 1:
     parser.error("--ops step: takes no other op, and one number of --experts")
   return command.measure_each(
     options,

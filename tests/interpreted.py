@@ -26,11 +26,13 @@ def triton_interpreted(config: TritonConfig = CONFIG) -> types.ModuleType:
   backend.down_projection_grad = functools.partial(
     composed.down_projection_grad, backend.scatter2scatter
   )
-  backend.by_columns = composed.by_columns
   backend.down_projection = functools.partial(
-    composed.down_projection, backend.scatter2scatter, backend.by_columns
+    composed.down_projection, backend.scatter2scatter, composed.by_columns
   )
-  backend.group_xty_and_sum = functools.partial(
-    composed.group_xty_and_sum, backend.group_xty, backend.by_columns
+  backend.up_projection_grad = functools.partial(
+    composed.up_projection_grad,
+    backend.scatter2scatter,
+    backend.group_xty,
+    composed.by_columns,
   )
   return backend

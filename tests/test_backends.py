@@ -352,6 +352,16 @@ def test_fused_forms_are_accurate(name, case, dtype, activation, gated):
     assert_all_accurate(FUSED_NAMES, *trio, err_msg=pattern)
 
 
+def weighted_sums(x, w, gates, ids, **layout):
+  """Products summed by the oracle: of its own rows, and of plain XLA's."""
+  layout |= dict(grouped_out=True)
+  rows = [oracle.scatter2scatter(x, w, ids, **layout)]
+  for matmul in matmuls_of(x.dtype):
+    rows.append(plain.scatter2scatter(x, w, ids, matmul=matmul, **layout))
+  truth, *baseline = (oracle.combine(r, gates, ids, w.shape[0]) for r in rows)
+  return truth, [jnp.asarray(b, x.dtype) for b in baseline]
+
+
 @pytest.mark.optimised
 @pytest.mark.parametrize("grouped_in", [True, False])
 @pytest.mark.parametrize("one_choice, num_chunks", [(True, 2), (False, 2)])
@@ -378,59 +388,45 @@ def test_down_projection_is_accurate(
     gates[(ids < 0) | (ids >= case.num_experts)] = np.nan
     poison_memory()
     got = run(backend, gates, ids)
-    layout = dict(bias=bias, grouped_in=grouped_in, grouped_out=True)
-    truth, *baseline = (
-      oracle.combine(rows, gates, ids, case.num_experts)
-      for rows in (
-        oracle.scatter2scatter(x, w, ids, **layout),
-        *(
-          plain.scatter2scatter(x, w, ids, matmul=matmul, **layout)
-          for matmul in matmuls_of(dtype)
-        ),
-      )
-    )
-    baseline = [jnp.asarray(b, dtype) for b in baseline]
+    layout = dict(bias=bias, grouped_in=grouped_in)
+    truth, baseline = weighted_sums(x, w, gates, ids, **layout)
     assert_accurate(got, truth, baseline, err_msg=pattern)
 
 
 @pytest.mark.optimised
 @pytest.mark.parametrize(
-  "num_chunks, at_once", [(1, True), (2, False), (2, True)]
+  "one_choice, num_chunks, at_once",
+  [(False, 1, True), (False, 2, False), (False, 2, True), (True, 2, True)],
 )
 @pytest.mark.parametrize(("name", "case", "dtype"), RUNS)
-def test_group_xty_and_sum_is_both(name, case, dtype, num_chunks, at_once):
+def test_up_projection_grad_is_accurate(
+  name, case, dtype, one_choice, num_chunks, at_once
+):
   backend = load(name)
   skip_if_refused(backend, case, dtype)
+  case = case._replace(top_k=1) if one_choice else case
   arrays, options = operands(case, dtype), options_for(dtype)
-  rows, ones = arrays["x"]["grouped"], np.ones((case.num_tokens, case.top_k))
+  x, w, dh = arrays["x"]["tokens"], arrays["w"], arrays["y"]["grouped"]
+  ones = np.ones((case.num_tokens, case.top_k))
 
   @jax.jit
-  def run(x, y, rows, ids):
+  def run(dh, ids):
     routing = route(ids, case.num_experts)
-    # As the rows of a product are: zero where they are of no group.
     here = routing.expert_ids < case.num_experts
-    rows = jnp.where(here[:, None], rows, 0)
-    both = backend.group_xty_and_sum(
-      x,
-      y,
-      lambda _, columns: rows if columns is None else columns.of(rows, 1),
-      routing,
-      num_chunks=num_chunks,
-      at_once=at_once,
-      y_grouped=True,
-      **options,
+    dh = jnp.where(here[:, None], dh, 0)
+    both = backend.up_projection_grad(
+      x, w, dh, routing, num_chunks=num_chunks, at_once=at_once, **options
     )
-    return *both, backend.group_xty(x, y, routing, y_grouped=True, **options)
+    return *both, backend.group_xty(x, dh, routing, y_grouped=True, **options)
 
+  layout = dict(grouped_in=True, transpose_w=True)
   for pattern in ("skewed", "some_not_here"):
     ids = strategies.expert_ids(case, pattern)
     poison_memory()
-    xty, sums, alone = run(
-      arrays["x"]["tokens"], arrays["y"]["grouped"], rows, ids
-    )
-    np.testing.assert_array_equal(xty, alone, err_msg=pattern)
-    truth = oracle.combine(rows, ones, ids, case.num_experts)
-    assert_accurate(sums, truth, None, err_msg=pattern)
+    dx, dw, alone = run(dh, ids)
+    np.testing.assert_array_equal(dw, alone, err_msg=pattern)
+    truth, baseline = weighted_sums(dh, w, ones, ids, **layout)
+    assert_accurate(dx, truth, baseline, err_msg=pattern)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))

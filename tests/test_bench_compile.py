@@ -11,7 +11,7 @@ from benchmarks import bench_compile
   "experts, ops",
   [
     ((2, 8), ("up", "dw_up")),
-    ((4,), ("activation", "derivative", "dw_up_sum")),
+    ((4,), ("activation", "derivative")),
     ((4,), ("step",)),
   ],
 )
@@ -26,6 +26,16 @@ def test_bench_compile_adds_up_the_parts_of_a_first_call(experts, ops):
     parts = [record[f"{part}_s"] for part in ("lower", "compile", "call")]
     assert min(parts) > 0 and record["implementation"] == "xla"
     assert record["first_call_s"] == pytest.approx(sum(parts))
+
+
+def test_bench_compile_takes_what_the_backend_has():
+  flags = ["--shapes", "tiny", "--experts", "4"]
+  with pytest.raises(
+    SystemExit, match="dw_up_sum: of mosaic alone, not of xla"
+  ):
+    bench_compile.main([*flags, "--ops", "dw_up_sum"])
+  ops = [r["op"] for r in bench_compile.main(flags)]
+  assert ops == [*bench_compile.OPS[:-2]]
 
 
 @pytest.mark.parametrize(

@@ -74,18 +74,19 @@ def test_a_single_choice_is_neither_expanded_nor_summed(monkeypatch):
   (x, gates, w_in, w_out, _), _ = layer_inputs()
   ids = jax.random.randint(jax.random.key(6), (T, 1), -1, E)
   rows = []
-  product = xla.scatter2scatter
 
   def record(*args, grouped_out=False, **options):
     rows.append((grouped_out, options.get("columns")))
-    return product(*args, grouped_out=grouped_out, **options)
+    return xla.scatter2scatter(*args, grouped_out=grouped_out, **options)
 
-  monkeypatch.setattr(
-    xla,
-    "down_projection",
-    functools.partial(composed.down_projection, record, xla.by_columns),
-  )
-  monkeypatch.setattr(xla, "scatter2scatter", record)
+  for name, products in (
+    ("down_projection", [record]),
+    ("up_projection_grad", [record, xla.group_xty]),
+  ):
+    function = functools.partial(
+      getattr(composed, name), *products, composed.by_columns
+    )
+    monkeypatch.setattr(xla, name, function)
   for name in ("sum_choices", "weighted_sum"):
     monkeypatch.setattr(composed, name, None)
 
@@ -132,7 +133,7 @@ def test_gradients_are_made_one_after_the_other(monkeypatch, case):
   for name in (
     "scatter2scatter",
     "group_xty",
-    "group_xty_and_sum",
+    "up_projection_grad",
     "down_projection_grad",
   ):
     record(xla, name)
@@ -162,23 +163,23 @@ def test_gradients_are_made_one_after_the_other(monkeypatch, case):
   jax.make_jaxpr(gradients)(x, w_in, routing)
   backward = calls[calls.index("down_projection_grad") + 1 :]
   assert backward[:3] == [
-    "group_xty", "optimization_barrier", "group_xty_and_sum"
+    "group_xty", "optimization_barrier", "up_projection_grad"
   ]  # fmt: skip
   assert at_once == [case == "rows_outgrow_dw_in"]
 
 
 def test_gradients_of_biases_wait_for_dx(monkeypatch):
-  given, both, bias_grad = {}, xla.group_xty_and_sum, smoe_mlp_module.bias_grad
+  given, both, bias_grad = {}, xla.up_projection_grad, smoe_mlp_module.bias_grad
 
-  def record_both(x, dh, *args, **kwargs):
+  def record_both(x, w, dh, *args, **kwargs):
     given["dx"] = dh
-    return both(x, dh, *args, **kwargs)
+    return both(x, w, dh, *args, **kwargs)
 
   def record_bias_grad(backend, dh, *args, **kwargs):
     given["dbias"] = dh
     return bias_grad(backend, dh, *args, **kwargs)
 
-  monkeypatch.setattr(xla, "group_xty_and_sum", record_both)
+  monkeypatch.setattr(xla, "up_projection_grad", record_both)
   monkeypatch.setattr(smoe_mlp_module, "bias_grad", record_bias_grad)
   (x, gates, w_in, w_out, _), routing = layer_inputs()
 
@@ -218,16 +219,18 @@ def test_rows_are_summed_before_the_product_is_made(monkeypatch):
 
     return run
 
-  (x, *_), routing = layer_inputs()
-  rows = jnp.ones((T * k, d))
+  (x, _, w_in, *_), routing = layer_inputs()
   for module, name in (
     (composed, "sum_choices"),
     (jax.lax, "optimization_barrier"),
   ):
     monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
-  product = recorded("group_xty", xla.group_xty)
-  both = functools.partial(composed.group_xty_and_sum, product, xla.by_columns)
-  both(x, rows, lambda rows, _: rows, routing, y_grouped=True)
+  rows_of_dx = lambda *_, **__: jnp.ones((T * k, d))
+  products = rows_of_dx, recorded("group_xty", xla.group_xty)
+  dh = jnp.ones((T * k, 2 * n))
+  composed.up_projection_grad(
+    *products, composed.by_columns, x, w_in, dh, routing
+  )
   assert calls[:3] == ["sum_choices", "optimization_barrier", "group_xty"]
 
 

@@ -214,9 +214,9 @@ def test_a_sum_beside_group_xty_lowers_without_a_gpu(k, num_chunks):
   ids = jax.ShapeDtypeStruct((num_tokens, k), jnp.int32)
 
   def both(x, y, rows, ids):
-    routing, options = route(ids, num_experts), dict(y_grouped=True)
-    options |= dict(num_chunks=num_chunks, at_once=True)
-    return mosaic.group_xty_and_sum(x, y, slices_of(rows), routing, **options)
+    routing = route(ids, num_experts)
+    options = dict(num_chunks=num_chunks, y_grouped=True)
+    return group_xty_and_sum(x, y, slices_of(rows), routing, **options)
 
   text = lowered(both, x, y, rows, ids)
   first, *others = kernel_calls(text)

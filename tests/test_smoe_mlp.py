@@ -152,12 +152,14 @@ def test_slices_of_columns_equal_autodiff_in_float64(
   if unroll:  # Any backend but xla has no loop over slices.
     another = types.ModuleType("another")
     vars(another).update(vars(xla))
-    another.by_columns = composed.by_columns
     another.down_projection = functools.partial(
-      composed.down_projection, xla.scatter2scatter, another.by_columns
+      composed.down_projection, xla.scatter2scatter, composed.by_columns
     )
-    another.group_xty_and_sum = functools.partial(
-      composed.group_xty_and_sum, xla.group_xty, another.by_columns
+    another.up_projection_grad = functools.partial(
+      composed.up_projection_grad,
+      xla.scatter2scatter,
+      xla.group_xty,
+      composed.by_columns,
     )
     module = importlib.import_module("scattermoe_jax.ops.smoe_mlp")
     monkeypatch.setattr(module, "choose_backend", lambda *_: another)

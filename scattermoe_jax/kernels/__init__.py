@@ -30,18 +30,13 @@ A backend is a module with the functions below. None of them is differentiable;
       da' = dy w^T; dgates = <da', a>; dh = (gates * da') dact/dh;
       weighted_a = gates * a. All in grouped rows, w as the forward stores it.
 
-  by_columns(make, rows, width, num_chunks) -> (T, width)
-      make(rows, columns) for slice after slice of the columns, each once the
-      one before is there; make(rows, None) if there is one.
-
-  group_xty_and_sum(x, y, rows_of, routing, *, num_chunks, at_once, x_grouped,
-                    y_grouped, precision) -> (xty, sums)
-      xty = group_xty(x, y); sums[t] = sum_j rows[grouped row of choice j of t],
-      (T, d), those of no group too: they must be zero. rows = rows_of(y, None),
-      or slice after slice rows_of(y, columns), of a y that is there once the
-      slice before is gone. Neither needs the other: one kernel may wait for
-      memory and for the tensor core at once, if `at_once`; else xty is made
-      last, when no rows are left.
+  up_projection_grad(x, w, dh, routing, *, num_chunks, at_once, precision)
+      -> (dx, dw)
+      The backward of h = x w: dx[t] = sum_j dh[row of choice j of t] w^T, in
+      slices of columns; dw = group_xty(x, dh). dh is grouped, and zero where a
+      row is of no group. Neither result needs the other: one kernel may wait
+      for memory and for the tensor core at once, if `at_once`; else dw is made
+      last, when no rows of dx are left.
 
 Rows: a scattered operand has S rows, or T rows of which the k choices of a
 token share one; a grouped operand has S rows. Outputs of rows have S. Rows of

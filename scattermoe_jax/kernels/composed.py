@@ -16,9 +16,6 @@ from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels.contract import Columns, accumulator_dtype
 from scattermoe_jax.routing import Routing, take_rows
 
-# Returns the slice `columns` of S grouped rows, all of it if None.
-RowsOf = Callable[[Float[Array, "S _"], Columns | None], Float[Array, "S _"]]
-
 
 def up_projection(
   scatter2scatter: Callable[..., Array],
@@ -113,28 +110,49 @@ def activation_grad(
   return dh.astype(h.dtype), (gate * a).astype(da.dtype), dgates
 
 
-def group_xty_and_sum(
+def up_projection_grad(
+  scatter2scatter: Callable[..., Array],
   group_xty: Callable[..., Array],
   by_columns: Callable[..., Array],
-  x: Float[Array, "rows_x d"],
-  y: Float[Array, "rows_y n"],
-  rows_of: RowsOf,
+  x: Float[Array, "T d"],
+  w: Float[Array, "E d m"],
+  dh: Float[Array, "S m"],
   routing: Routing,
   *,
   num_chunks: int = 1,
   at_once: bool = False,
-  **options: Any,
-) -> tuple[Float[Array, "E d n"], Float[Array, "T d"]]:
-  """Returns (xty, sums): `group_xty`, and `sum_choices` of grouped rows."""
+  precision: Any = None,
+) -> tuple[Float[Array, "T d"], Float[Array, "E d m"]]:
+  """Returns (dx, dw) of h = x w_e: dx[t] = sum_j dh w_e^T, dw = x^T dh."""
   del at_once
+  if routing.top_k == 1:
+    # A token's only row is its sum, and stored where the token lies.
+    dx = rows_of_dx(scatter2scatter, w, dh, routing, precision=precision)
+  else:
 
-  def summed(y, columns):
-    return sum_choices(rows_of(y, columns), routing)
+    def summed(dh, columns):
+      options = dict(grouped_out=True, columns=columns, precision=precision)
+      rows = rows_of_dx(scatter2scatter, w, dh, routing, **options)
+      return sum_choices(rows, routing)
 
-  sums = by_columns(summed, y, x.shape[1], num_chunks)
-  # One after the other, so that the rows are gone before the product is there.
-  sums, y = lax.optimization_barrier((sums, y))
-  return group_xty(x, y, routing, **options), sums
+    dx = by_columns(summed, dh, x.shape[1], num_chunks)
+    # One after the other, so that rows are gone before the product is there.
+    dx, dh = lax.optimization_barrier((dx, dh))
+  dw = group_xty(x, dh, routing, y_grouped=True, precision=precision)
+  return dx, dw
+
+
+def rows_of_dx(
+  scatter2scatter: Callable[..., Array],
+  w: Float[Array, "E d m"],
+  dh: Float[Array, "S m"],
+  routing: Routing,
+  **options: Any,
+) -> Float[Array, "S _"]:
+  """Returns dh w_e^T for each choice: what is summed to dx."""
+  return scatter2scatter(
+    dh, w, routing, grouped_in=True, transpose_w=True, **options
+  )
 
 
 def by_columns(

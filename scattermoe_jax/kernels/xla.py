@@ -222,16 +222,16 @@ def group_xty(
   return lax.fori_loop(0, steps, add_tile, carry)[0]
 
 
+_by_columns = functools.partial(composed.by_columns, unroll=False)
 up_projection = functools.partial(composed.up_projection, scatter2scatter)
+down_projection = functools.partial(
+  composed.down_projection, scatter2scatter, _by_columns
+)
 down_projection_grad = functools.partial(
   composed.down_projection_grad, scatter2scatter
 )
-by_columns = functools.partial(composed.by_columns, unroll=False)
-down_projection = functools.partial(
-  composed.down_projection, scatter2scatter, by_columns
-)
-group_xty_and_sum = functools.partial(
-  composed.group_xty_and_sum, group_xty, by_columns
+up_projection_grad = functools.partial(
+  composed.up_projection_grad, scatter2scatter, group_xty, _by_columns
 )
 
 

@@ -154,7 +154,6 @@ def _forward(
     keep_h=keep_h,
     precision=precision,
   )
-
   y = backend.down_projection(
     a,
     w_out,
@@ -202,44 +201,24 @@ def _bwd(static, residuals, dy):
   )
   dw_out, dh = lax.optimization_barrier((dw_out, dh))
 
-  def rows_of_dx(dh, columns, grouped_out=True):
-    return backend.scatter2scatter(
-      dh,
-      w_in,
-      routing,
-      grouped_in=True,
-      grouped_out=grouped_out,
-      transpose_w=True,
-      columns=columns,
-      precision=precision,
-    )
-
-  if routing.top_k == 1:
-    # A token's only row is its sum, and stored where the token lies.
-    dx = rows_of_dx(dh, None, grouped_out=False)
-    dw_in = backend.group_xty(
-      x, dh, routing, y_grouped=True, precision=precision
-    )
-  else:
-    # Made at once XLA can drop neither: so only where both are wanted. And not
-    # on a mesh, where rows may be of other devices' experts, and the product
-    # too short to sum all of them beside it.
-    both_wanted = differentiated.x and differentiated.w_in
-    on_mesh = varying_axes(x, routing)
-    dw_in, dx = backend.group_xty_and_sum(
-      x,
-      dh,
-      rows_of_dx,
-      routing,
-      num_chunks=num_chunks,
-      at_once=(
-        both_wanted
-        and not on_mesh
-        and _outgrow(routing.num_rows * x.shape[1], w_in.size, num_chunks)
-      ),
-      y_grouped=True,
-      precision=precision,
-    )
+  # Made at once XLA can drop neither: so only where both are wanted. And not on
+  # a mesh, where rows may be of other devices' experts, and the product too
+  # short to sum all of them beside it.
+  both_wanted = differentiated.x and differentiated.w_in
+  on_mesh = varying_axes(x, routing)
+  dx, dw_in = backend.up_projection_grad(
+    x,
+    w_in,
+    dh,
+    routing,
+    num_chunks=num_chunks,
+    at_once=(
+      both_wanted
+      and not on_mesh
+      and _outgrow(routing.num_rows * x.shape[1], w_in.size, num_chunks)
+    ),
+    precision=precision,
+  )
   dbias_in = dbias_out = None
   if bias_in is not None:
     # Rows of dx are gone by then.

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels import composed
-from scattermoe_jax.kernels.composed import by_columns
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.mosaic.lowering import lowers
@@ -35,15 +34,14 @@ from scattermoe_jax.kernels.tuning import chosen_config
 from scattermoe_jax.routing import Routing, take_rows
 
 __all__ = [
-  "by_columns",
   "check",
   "down_projection",
   "down_projection_grad",
   "group_xty",
-  "group_xty_and_sum",
   "missing_feature",
   "scatter2scatter",
   "up_projection",
+  "up_projection_grad",
 ]
 
 
@@ -201,7 +199,7 @@ def down_projection(
   if routing.top_k != 1:
     return composed.down_projection(
       functools.partial(scatter2scatter, config=config),
-      by_columns,
+      composed.by_columns,
       x,
       w,
       gates,
@@ -311,45 +309,52 @@ def group_xty(
   )
 
 
-def group_xty_and_sum(
-  x: Float[Array, "rows_x d"],
-  y: Float[Array, "rows_y n"],
-  rows_of: composed.RowsOf,
+def up_projection_grad(
+  x: Float[Array, "T d"],
+  w: Float[Array, "E d m"],
+  dh: Float[Array, "S m"],
   routing: Routing,
   *,
   num_chunks: int = 1,
   at_once: bool = False,
-  x_grouped: bool = False,
-  y_grouped: bool = False,
   precision=None,
-  config: TileConfig | None = None,
-) -> tuple[Float[Array, "E d n"], Float[Array, "T d"]]:
-  """Returns `group_xty`, and the sum of each token's k rows.
+) -> tuple[Float[Array, "T d"], Float[Array, "E d m"]]:
+  """Returns (dx, dw) of h = x w_e: dx[t] = sum_j dh w_e^T, dw = x^T dh.
 
   Args:
-    x: see `group_xty`.
-    y: see there.
-    rows_of: of y and a slice of the d columns, that slice of what is summed, in
-      grouped order; zero where rows are of no group.
-    routing: see there.
-    num_chunks: in how many slices the rows are made.
-    at_once: whether by one kernel, if that is faster.
-    x_grouped: see there.
-    y_grouped: see there.
-    precision: see there.
-    config: see there.
+    x: tokens.
+    w: as `up_projection` takes it.
+    dh: grouped rows, zero where they are of no group.
+    routing: the routing.
+    num_chunks: in how many slices of columns the rows of dx are made.
+    at_once: whether dw is made by the kernel that sums them, if that is faster.
+    precision: unused; operands of 16 bits have one.
   """
   from scattermoe_jax.kernels.mosaic import grouped_xty
 
-  del precision
-  options: dict[str, Any] = dict(num_chunks=num_chunks, config=config)
-  options |= dict(x_grouped=x_grouped, y_grouped=y_grouped)
-  if at_once:
-    both = grouped_xty.group_xty_and_sum(x, y, rows_of, routing, **options)
+  if at_once and routing.top_k > 1:
+
+    def rows(dh, columns):
+      return composed.rows_of_dx(
+        scatter2scatter, w, dh, routing, grouped_out=True, columns=columns
+      )
+
+    both = grouped_xty.group_xty_and_sum(
+      x, dh, rows, routing, num_chunks=num_chunks, y_grouped=True
+    )
     if both is not None:
-      return both
-  return composed.group_xty_and_sum(
-    group_xty, by_columns, x, y, rows_of, routing, **options
+      dw, dx = both
+      return dx, dw
+  return composed.up_projection_grad(
+    scatter2scatter,
+    group_xty,
+    composed.by_columns,
+    x,
+    w,
+    dh,
+    routing,
+    num_chunks=num_chunks,
+    precision=precision,
   )
 
 

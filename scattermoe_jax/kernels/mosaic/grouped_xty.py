@@ -21,6 +21,7 @@ right's rows into both: half the bytes from L2.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +33,6 @@ from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import current_device, vary_over, varying_axes
 from scattermoe_jax.kernels import tuning
-from scattermoe_jax.kernels.composed import RowsOf
 from scattermoe_jax.kernels.config import TileConfig
 from scattermoe_jax.kernels.contract import Columns, Problem
 from scattermoe_jax.kernels.mosaic import clusters, tickets, warpgroup_ops
@@ -55,6 +55,9 @@ from scattermoe_jax.kernels.mosaic.xty_tiles import (
 from scattermoe_jax.routing import Routing
 
 # M = columns of left, N = columns of right, K = rows of one expert, G = E
+
+# Returns the slice `columns` of S grouped rows, all of it if None.
+RowsOf = Callable[[Float[Array, "S _"], Columns | None], Float[Array, "S _"]]
 
 _ROWS = warpgroup_ops.ROWS
 

@@ -177,13 +177,12 @@ def group_xty(
 
 
 up_projection = functools.partial(composed.up_projection, scatter2scatter)
+down_projection = functools.partial(
+  composed.down_projection, scatter2scatter, composed.by_columns
+)
 down_projection_grad = functools.partial(
   composed.down_projection_grad, scatter2scatter
 )
-by_columns = composed.by_columns
-down_projection = functools.partial(
-  composed.down_projection, scatter2scatter, by_columns
-)
-group_xty_and_sum = functools.partial(
-  composed.group_xty_and_sum, group_xty, by_columns
+up_projection_grad = functools.partial(
+  composed.up_projection_grad, scatter2scatter, group_xty, composed.by_columns
 )
