@@ -375,21 +375,22 @@ def test_attend_refuses_a_window_that_is_not_causal():
     smnn.attend(q, q, q, causal=False, sliding_window=2)
 
 
-def linear_inputs(dtype=np.float64):
+def linear_inputs(dtype=np.float64, top_k=K):
   rng = np.random.default_rng(0)
-  ids = rng.integers(0, E + 1, (T, K))  # E: not here
+  ids = rng.integers(0, E + 1, (T, top_k))  # E: not here
   arrays = (
-    rng.normal(size=(T * K, 5)), rng.uniform(size=(T, K)),
+    rng.normal(size=(T * top_k, 5)), rng.uniform(size=(T, top_k)),
     rng.normal(size=(E, 5, 9)),
   )  # fmt: skip
   return ids, [jnp.asarray(a.astype(dtype)) for a in arrays]
 
 
+@pytest.mark.parametrize("top_k", [K, 1])
 @pytest.mark.parametrize("order", ["scattered", "grouped"])
-def test_linear_combine_equals_its_definition(order):
-  ids, (x, gates, w) = linear_inputs(np.float32)
+def test_linear_combine_equals_its_definition(order, top_k):
+  ids, (x, gates, w) = linear_inputs(np.float32, top_k)
   routing = sm.route(jnp.asarray(ids), E)
-  rows = oracle.scatter2scatter(x, w, ids).reshape(T, K, -1)
+  rows = oracle.scatter2scatter(x, w, ids).reshape(T, top_k, -1)
   expected = np.sum(oracle.f64(gates)[:, :, None] * rows, axis=1)
   baseline = sm.combine(
     sm.parallel_linear(x, w, routing, grouped_out=True), gates, routing
@@ -401,9 +402,10 @@ def test_linear_combine_equals_its_definition(order):
   assert_accurate(got, expected, baseline)
 
 
+@pytest.mark.parametrize("top_k", [K, 1])
 @pytest.mark.parametrize("order", ["scattered", "grouped"])
-def test_linear_combine_gradients(x64, order):
-  ids, arrays = linear_inputs()
+def test_linear_combine_gradients(x64, order, top_k):
+  ids, arrays = linear_inputs(top_k=top_k)
   routing = sm.route(jnp.asarray(ids), E)
   f = jax.jit(
     lambda x, gates, w: linear_combine(

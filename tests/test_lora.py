@@ -16,7 +16,7 @@ from scattermoe_jax.checkpoints import reader
 from scattermoe_jax.checkpoints.config_json import config_from_entries
 from scattermoe_jax.models import ModelConfig, Transformer
 from scattermoe_jax.nn import lora
-from tests import oracle
+from tests import oracle, plain
 from tests.accuracy import assert_accurate
 from tests.conftest import enable_x64
 from tests.families import FAMILY_ENTRIES, random_variables
@@ -92,6 +92,36 @@ def test_adapted_experts_equal_merged_ones(activation):
     )
   for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
     assert np.max(np.abs(a - b)) <= 1e-12 * np.max(np.abs(b))
+
+
+def test_adapters_of_one_choice_a_token_equal_merged_ones():
+  ids = RANDOM.integers(0, E + 1, (T, 1))  # E: not here
+  gates, routing = normal(T, 1), route(jnp.asarray(ids), E)
+  x, w, w_in = normal(T, D), normal(E, N, D), normal(E, D, 2 * N)
+  adapter = pair(N, D)
+  rows = normal(T, N)
+  merged = w + jnp.einsum("enr,erd->end", adapter["a"], adapter["b"])
+
+  @jax.jit
+  def adapted(x, rows):
+    return lora.adapted_smoe_mlp(
+      x, gates, routing, w_in, w, adapter_in=None, adapter_out=adapter
+    ), lora.adapted_linear_combine(rows, gates, routing, w, adapter=adapter)
+
+  @jax.jit
+  def baseline(x, rows):
+    products = plain.linear(rows[:, None], merged, jnp.asarray(ids))[:, 0]
+    return plain.smoe_mlp(
+      x, gates, jnp.asarray(ids), w_in, merged
+    ), gates * products
+
+  products = oracle.scatter2scatter(rows, merged, ids, grouped_out=True)
+  truth = (
+    oracle.smoe_mlp(x, gates, ids, w_in, merged),
+    oracle.combine(products, gates, ids, E),
+  )
+  for results in zip(adapted(x, rows), truth, baseline(x, rows), strict=True):
+    assert_accurate(*results)
 
 
 @pytest.mark.parametrize("attention", ["mha", "moa"])

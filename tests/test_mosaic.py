@@ -448,6 +448,29 @@ def test_a_step_lowers_in_double_precision(x64, gated):
 
 
 @needs_mosaic
+def test_one_choice_lowers_in_double_precision(x64):
+  T, d, n, E = 1001, 600, 104, 5
+
+  def layer(x, gates, w_in, w_out, bias_out, ids):
+    return sm.smoe_mlp(
+      x, gates, route(ids, E), w_in, w_out, bias_out=bias_out, num_chunks=2,
+      implementation="mosaic",
+    )  # fmt: skip
+
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  args = (
+    shape((T, d)),
+    jax.ShapeDtypeStruct((T, 1), jnp.float64),
+    shape((E, d, 2 * n)),
+    shape((E, n, d)),
+    shape((E, d)),
+    jax.ShapeDtypeStruct((T, 1), jnp.int64),
+  )
+  # up, down: weighed and scattered by the kernel.
+  assert lowered(layer, *args).count(KERNEL) == 2
+
+
+@needs_mosaic
 @pytest.mark.parametrize("grouped_in", [True, False])
 @pytest.mark.parametrize("grouped_out", [True, False])
 def test_a_product_lowers_in_double_precision(x64, grouped_in, grouped_out):

@@ -15,7 +15,7 @@ import scattermoe_jax as sm
 from scattermoe_jax import sharding
 from scattermoe_jax.ops import placement
 from scattermoe_jax.sharding import MeshAxes, mlp
-from tests import strategies
+from tests import plain, strategies
 
 # Eight devices divide none of T and k, and E = 8 * 3 leaves k = 4 above the
 # experts of a device.
@@ -120,6 +120,36 @@ def test_smoe_mlp_equals_one_device_on_explicit_axes(layout):
 @pytest.mark.parametrize("layout", quick("fsdp_expert_tensor"))
 def test_smoe_mlp_equals_one_device_in_float64(layout, x64):
   check_mlp(layout, AxisType.Auto, "float64")
+
+
+def test_one_choice_a_token_equals_one_device():
+  x, gates, w_in, w_out, *_ = mlp_arguments("float32")
+  ids = jnp.asarray(strategies.expert_ids(CASE, "some_not_here")[:, :1])
+  here = (ids >= 0) & (ids < CASE.num_experts)
+
+  def results(layer):
+    def loss(*arguments):
+      y = layer(*arguments)
+      return jnp.sum(y * y), y
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+    # What is not here may hold anything.
+    hidden = (jnp.where(here, a, jnp.nan) for a in (x, gates[:, :1]))
+    (_, y), gradients = step(*hidden, w_in, w_out)
+    return dict(enumerate((y, *gradients)))
+
+  def on_one(x, gates, w_in, w_out):
+    # Zeros, so that no product of NaN and zero is a gradient.
+    x, gates = (jnp.where(here, a, 0) for a in (x, gates))
+    w_in = w_in.reshape(*w_in.shape[:2], -1)
+    return plain.smoe_mlp(x, gates, ids, w_in, w_out)
+
+  want = results(on_one)
+  with jax.set_mesh(mesh_of((2, 2, 2))):
+    got = results(
+      lambda x, gates, *w: sharding.smoe_mlp(x, gates, ids, *w, axes=EVERYTHING)
+    )
+  assert_equal(got, want, TOLERANCE["float32"])
 
 
 def ragged_all_to_all(

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from scattermoe_jax import ACTIVATIONS, Routing, route, smoe_mlp
+from scattermoe_jax import (
+  ACTIVATIONS,
+  Routing,
+  remat_policy,
+  route,
+  smoe_mlp,
+)
 from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels import IMPLEMENTATIONS, Problem, composed, xla
 from scattermoe_jax.kernels.contract import reason_against
@@ -186,6 +192,31 @@ def test_small_shapes_equal_autodiff_in_float64(case, x64):
   assert_all_accurate(
     value_and_grads(ours, *form), value_and_grads(theirs, *form)
   )
+
+
+@pytest.mark.parametrize("keep", [None, "h"])
+def test_one_choice_a_token_equals_autodiff_in_float64(keep, x64):
+  case = CASE._replace(num_tokens=23, top_k=1)
+  arrays = inputs(case, jnp.float64)
+  ids = strategies.expert_ids(case, "some_not_here")
+  here = (ids >= 0) & (ids < case.num_experts)
+  form = (ids, "silu", case.num_experts)
+  expected = value_and_grads(theirs, arrays, *form)
+  # What is not here may hold anything.
+  x = jnp.where(here, arrays.x, jnp.nan)
+  gates = jnp.where(here, arrays.gates, jnp.nan)
+  layer = functools.partial(ours, num_chunks=2)
+  if keep:
+
+    def saving(arrays, *static):
+      run = lambda arrays: layer(arrays, *static)
+      return jax.checkpoint(run, policy=remat_policy(keep))(arrays)
+
+  function = saving if keep else layer
+  got = value_and_grads(function, arrays._replace(x=x, gates=gates), *form)
+  assert_all_accurate(got, expected)
+  nowhere = ~here[:, 0]
+  assert nowhere.any() and not any(np.any(a[nowhere]) for a in got[:3])
 
 
 def test_gradients_equal_finite_differences(x64):
