@@ -1,11 +1,15 @@
 """Routers and their losses, against loops in NumPy float64."""
 
+import warnings
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from scattermoe_jax import nn as smnn
+from scattermoe_jax.nn.router import Scoring
 from tests.accuracy import assert_accurate
 
 T, E, K, D = 24, 8, 3, 10
@@ -389,3 +393,16 @@ def test_router_refuses_fields_that_cannot_be(unchecked, fields, message):
   router = smnn.Router(**{"num_experts": E, "top_k": K, **fields})
   with pytest.raises(ValueError, match=message):
     router.init(jax.random.key(0), jnp.ones((T, D)))
+
+
+@pytest.mark.parametrize(
+  "scoring, renormalize",
+  [*((scoring, True) for scoring in get_args(Scoring)), ("sigmoid", False)],
+)
+def test_a_single_gate_that_is_always_one_is_warned_of(scoring, renormalize):
+  router = smnn.Router(E, 1, scoring=scoring, renormalize=renormalize)
+  x = jnp.asarray(logits(0, (T, D)), jnp.float32)
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    out, _ = router.init_with_output(jax.random.key(0), x)
+  assert bool(caught) == bool(np.all(out.gates == 1))

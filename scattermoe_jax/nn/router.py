@@ -13,6 +13,7 @@ Every rule maps logits z (T, E) to gates (T, k), expert_ids (T, k) and probs
 The first, renormalised, equals the second but for rounding.
 """
 
+import warnings
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -67,7 +68,9 @@ class Router(nn.Module):
   Attributes:
     num_experts: E.
     top_k: k.
-    scoring: the rule, see the functions of this file.
+    scoring: the rule, see the functions of this file. A single gate (k = 1)
+      that is divided by the sum of all k is 1 and has no gradient: for that
+      "softmax_top_k", as Switch has it, or "sigmoid" without `renormalize`.
     use_bias: whether the linear layer has a bias (gpt-oss).
     num_groups: groups of experts, of which only the best `top_groups` are open;
       "sigmoid" only.
@@ -189,6 +192,13 @@ class Router(nn.Module):
       renormalize=self.renormalize,
     )
 
+  @property
+  def _sums_to_one(self) -> bool:
+    """Whether the k gates of a token do, before `scale`."""
+    if self.scoring == "sigmoid":
+      return self.renormalize
+    return self.scoring != "softmax_top_k"
+
   @nn.nowrap
   def _check_fields(self):
     for name, among in (("top_k", "num_experts"), ("top_groups", "num_groups")):
@@ -201,6 +211,13 @@ class Router(nn.Module):
     )
     if not 0 <= self.jitter < 1:
       raise ValueError(f"Router: jitter must lie in [0, 1), got {self.jitter}.")
+    if self.top_k == 1 < self.num_experts and self._sums_to_one:
+      warnings.warn(
+        f"Router: top_k=1 with scoring={self.scoring!r} makes every gate 1, so "
+        "that no loss of the output has a gradient for the router; use "
+        "scoring='softmax_top_k', or 'sigmoid' with renormalize=False.",
+        stacklevel=3,
+      )
     if self.scoring == "sigmoid":
       return
     if not self.renormalize:
