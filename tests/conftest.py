@@ -36,6 +36,7 @@ _LONGEST = {
     "attention",
     "backends",
     "benchmarks",
+    "decoder",
     "finetuning",
     "generate",
     "lora",

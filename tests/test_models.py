@@ -282,8 +282,11 @@ def test_every_intermediate_can_be_captured(name):
   np.testing.assert_array_equal(captured.logits, output.logits)
 
 
-def test_jitter_needs_a_key_and_changes_training_only():
+@pytest.mark.parametrize("routed", ["ffn", "attention"])
+def test_jitter_needs_a_key_and_changes_training_only(routed):
   config = dataclasses.replace(TINY, num_layers=1, router_jitter=0.5)
+  if routed == "attention":
+    config = dataclasses.replace(config, ffn="dense", attention="moa")
   model = Transformer(config)
   variables = random_variables(model)
   ids = random_ids(1, 6)

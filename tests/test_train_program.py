@@ -9,14 +9,20 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from scattermoe_jax.models import generate, train
+from scattermoe_jax.models import data, generate, train
+from scattermoe_jax.models.mesh import Placement
+from scattermoe_jax.models.options import RunConfig
 from scattermoe_jax.models.run_folder import RunFolder
+from scattermoe_jax.models.setup import Run
+from scattermoe_jax.models.tokens import BYTES
+from scattermoe_jax.models.training import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
@@ -93,6 +99,17 @@ def test_generate_goes_on_with_what_was_trained(finished, monkeypatch, capsys):
   # The run's folder means the same.
   assert generate.main(["--checkpoint", str(folder), *flags]) == 0
   assert capsys.readouterr().out == newest.out
+
+
+def test_a_batch_is_of_the_seed_and_the_step_of_a_run(tmp_path):
+  tokens = np.random.default_rng(0).integers(0, 256, 200, np.uint8)
+  sizes = {"batch_size": 4, "sequence_length": 9}
+  config = RunConfig(training=TrainConfig(seed=3, **sizes))
+  corpus, folder = data.Corpus(tokens, tokens[:10], "text"), RunFolder(tmp_path)
+  with Run(config, corpus, BYTES, {}, folder, Placement.of(None)) as run:
+    got = train._batch(run, 5)
+  want = data.train_batch(tokens, seed=3, step=5, **sizes)
+  np.testing.assert_array_equal(got, want)
 
 
 class Killed(BaseException):

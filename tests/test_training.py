@@ -127,9 +127,11 @@ def test_selection_biases_move_by_the_load_of_their_own_layer():
   routers = ModelMetrics(
     SMoEMetrics(one, one, load, load.astype(one.dtype)), None
   )
-  moved = training._balance(state, routers, TRAIN)
-  lowered = [int(moved[name]["ffn"]["bias"].argmin()) for name in names]
-  assert lowered == busiest
+  config = dataclasses.replace(TRAIN, selection_bias_rate=0.25)
+  moved = training._balance(state, routers, config)
+  for name, expert in zip(names, busiest, strict=True):
+    want = np.where(np.arange(4) == expert, -0.25, 0.25)
+    np.testing.assert_array_equal(moved[name]["ffn"]["bias"], want)
 
 
 def test_steps_and_parts_have_a_jitter_each():
@@ -254,7 +256,12 @@ def test_batches_are_windows_and_a_function_of_seed_and_step():
   assert first.dtype == np.int32
   np.testing.assert_array_equal(np.diff(first, axis=1), 1)
   every = np.concatenate([batch(seed=0, step=s) for s in range(40)])
-  assert every.min() == 0 and every.max() == 99
+  # Each window, from that of the first token to that of the last, comes up.
+  assert set(every[:, 0]) == set(range(91)) and every.max() == 99
+  # No two steps of any seeds, and hardly two rows, are the same.
+  drawn = [batch(seed=i, step=j)[:, 0] for i in range(8) for j in range(8)]
+  assert len(np.unique(drawn, axis=0)) == 64
+  assert min(len(np.unique(starts)) for starts in drawn) > 30
 
 
 def test_validation_covers_the_held_out_text():
@@ -281,6 +288,27 @@ def test_corpus_of_a_folder_holds_out_whole_files(tmp_path):
   assert corpus.train.size == 30 * 3
   assert not set(corpus.train.tolist()) & set(corpus.validation.tolist())
   assert "32 files" in corpus.description
+
+
+def test_corpus_of_a_folder_is_sorted_and_its_text_alone(tmp_path):
+  names = ["z.py", "test", "b/tests.txt", "b/a.txt", "a.txt"]
+  hidden = [".git/head.txt", "b/.git/a.txt", "tests/a.txt", "b/__pycache__/a"]
+  for name in names + hidden:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(f"<{name}>" * 9)
+  (tmp_path / "empty").write_bytes(b"")
+  corpus = data.load_corpus(tmp_path)
+  text = corpus.train.tobytes() + corpus.validation.tobytes()
+  assert text.decode() == "".join(f"<{name}>" * 9 for name in sorted(names))
+
+
+def test_corpus_of_sixteen_files_holds_out_the_last(tmp_path):
+  texts = [bytes([65 + i]) * 32 for i in range(16)]
+  for i, text in enumerate(texts):
+    (tmp_path / f"{i:02}").write_bytes(text)
+  corpus = data.load_corpus(tmp_path)
+  assert corpus.validation.tobytes() == texts[15]
+  assert corpus.train.tobytes() == b"".join(texts[:15])
 
 
 def test_corpus_of_a_file_holds_out_its_end(tmp_path):
@@ -312,6 +340,7 @@ def test_unigram_bits_equal_a_loop(tmp_path):
 
 def test_bytes_round_trip():
   assert data.decode(data.encode("naïve λ")) == "naïve λ"
+  assert data.decode(np.array([97, 255], np.int32)) == "a\ufffd"
 
 
 def write_nothing(path):
@@ -351,3 +380,20 @@ def test_data_that_does_not_fit_is_refused(
     data.check_lengths(
       corpus, batch_size=batch_size, sequence_length=sequence_length
     )
+
+
+def test_data_that_just_fits_is_taken():
+  random = np.random.default_rng(0)
+  tokens = random.integers(0, 256, 24, np.uint8)
+  corpus = data.Corpus(tokens, tokens[:8], "text")
+  fits = {"batch_size": 3, "sequence_length": 7}
+  data.check_lengths(corpus, **fits)
+  # And then all of it can be drawn.
+  (only,) = data.validation_batches(corpus.validation, num_batches=1, **fits)
+  np.testing.assert_array_equal(only, np.tile(tokens[:8], (3, 1)))
+  one = data.train_batch(tokens[:8], seed=0, step=1, **fits)
+  np.testing.assert_array_equal(one, only)
+  for part in ("train", "validation"):
+    short = dataclasses.replace(corpus, **{part: getattr(corpus, part)[:-1]})
+    with pytest.raises(data.DataError):
+      data.check_lengths(short, **fits)
