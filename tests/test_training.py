@@ -303,7 +303,7 @@ def test_corpus_of_a_folder_is_sorted_and_its_text_alone(tmp_path):
 
 
 def test_corpus_of_sixteen_files_holds_out_the_last(tmp_path):
-  texts = [bytes([65 + i]) * 32 for i in range(16)]
+  texts = [bytes([65 + i]) * (40 - i) for i in range(16)]
   for i, text in enumerate(texts):
     (tmp_path / f"{i:02}").write_bytes(text)
   corpus = data.load_corpus(tmp_path)
