@@ -56,7 +56,7 @@ CASES = {
     **SIZES, **MULTIPLIERS, num_layers=2, attention="moa", num_heads=4,
     num_kv_heads=2, head_dim=6, attention_experts=3, attention_top_k=2,
     attention_scoring="softmax_top_k", attention_scale=0.3, sliding_window=2,
-    sliding_layers=(1,), rope_theta=50.0, rope_scaling=STRETCHED, top_k=1,
+    sliding_layers=(1,), rope_theta=50.0, rope_scaling=STRETCHED, top_k=2,
     block_bias=True, scoring="softmax_top_k_renormalized", norm_eps=0.1,
   ),
 }  # fmt: skip
@@ -71,7 +71,7 @@ BLOCKS = {
     scoring="softmax_top_k", **DOUBLE,
   ),
   "mixture-of-attention": SMoEBlock(
-    num_experts=5, top_k=1, d_expert=6, use_output_bias=True,
+    num_experts=5, top_k=2, d_expert=6, use_output_bias=True,
     scoring="softmax_top_k_renormalized", **DOUBLE,
   ),
 }  # fmt: skip
