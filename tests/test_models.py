@@ -184,7 +184,7 @@ OTHER_VALUES = {
   "ffn": "dense",
   "dense_layers": (0,),
   "num_experts": 5,
-  "top_k": 1,
+  "top_k": 3,
   "d_expert": 6,
   "activation": "gelu",
   "gated": False,
@@ -205,12 +205,12 @@ OTHER_VALUES = {
 # Fields that act only beside another, and those that change no result.
 WITH = {
   "attention_experts": ({"attention": "moa"}, 4),
-  "attention_top_k": ({"attention": "moa"}, 1),
+  "attention_top_k": ({"attention": "moa"}, 3),
   "attention_scoring": ({"attention": "moa"}, "softmax_top_k"),
   "sliding_layers": ({"sliding_window": 2}, ()),
   "d_ff": ({"ffn": "dense"}, 12),
   "shared_gate": ({"d_shared": 4}, True),
-  "num_groups": ({"scoring": "sigmoid", "top_k": 1}, 2),
+  "num_groups": ({"scoring": "sigmoid"}, 2),
   "top_groups": ({"scoring": "sigmoid", "num_groups": 2}, 2),
   "selection_bias": ({"scoring": "sigmoid"}, True),
 }
