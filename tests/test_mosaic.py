@@ -466,7 +466,7 @@ def test_one_choice_lowers_in_double_precision(x64):
     shape((E, d)),
     jax.ShapeDtypeStruct((T, 1), jnp.int64),
   )
-  # up, down: weighed and scattered by the kernel.
+  # up, and down, which weights and scatters its rows itself.
   assert lowered(layer, *args).count(KERNEL) == 2
 
 
