@@ -20,19 +20,6 @@ def triton_interpreted(config: TritonConfig = CONFIG) -> types.ModuleType:
   backend.group_xty = functools.partial(
     triton.group_xty, config=config, interpret=True
   )
-  backend.up_projection = functools.partial(
-    composed.up_projection, backend.scatter2scatter
-  )
-  backend.down_projection_grad = functools.partial(
-    composed.down_projection_grad, backend.scatter2scatter
-  )
-  backend.down_projection = functools.partial(
-    composed.down_projection, backend.scatter2scatter, composed.by_columns
-  )
-  backend.up_projection_grad = functools.partial(
-    composed.up_projection_grad,
-    backend.scatter2scatter,
-    backend.group_xty,
-    composed.by_columns,
-  )
+  forms = composed.fused_forms(backend.scatter2scatter, backend.group_xty)
+  vars(backend).update(forms._asdict())
   return backend

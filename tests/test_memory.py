@@ -79,14 +79,9 @@ def test_a_single_choice_is_neither_expanded_nor_summed(monkeypatch):
     rows.append((grouped_out, options.get("columns")))
     return xla.scatter2scatter(*args, grouped_out=grouped_out, **options)
 
-  for name, products in (
-    ("down_projection", [record]),
-    ("up_projection_grad", [record, xla.group_xty]),
-  ):
-    function = functools.partial(
-      getattr(composed, name), *products, composed.by_columns
-    )
-    monkeypatch.setattr(xla, name, function)
+  forms = composed.fused_forms(record, xla.group_xty)
+  for name in ("down_projection", "up_projection_grad"):
+    monkeypatch.setattr(xla, name, getattr(forms, name))
   for name in ("sum_choices", "weighted_sum"):
     monkeypatch.setattr(composed, name, None)
 
@@ -226,11 +221,8 @@ def test_rows_are_summed_before_the_product_is_made(monkeypatch):
   ):
     monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
   rows_of_dx = lambda *_, **__: jnp.ones((T * k, d))
-  products = rows_of_dx, recorded("group_xty", xla.group_xty)
-  dh = jnp.ones((T * k, 2 * n))
-  composed.up_projection_grad(
-    *products, composed.by_columns, x, w_in, dh, routing
-  )
+  forms = composed.fused_forms(rows_of_dx, recorded("group_xty", xla.group_xty))
+  forms.up_projection_grad(x, w_in, jnp.ones((T * k, 2 * n)), routing)
   assert calls[:3] == ["sum_choices", "optimization_barrier", "group_xty"]
 
 

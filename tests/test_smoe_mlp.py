@@ -158,15 +158,8 @@ def test_slices_of_columns_equal_autodiff_in_float64(
   if unroll:  # Any backend but xla has no loop over slices.
     another = types.ModuleType("another")
     vars(another).update(vars(xla))
-    another.down_projection = functools.partial(
-      composed.down_projection, xla.scatter2scatter, composed.by_columns
-    )
-    another.up_projection_grad = functools.partial(
-      composed.up_projection_grad,
-      xla.scatter2scatter,
-      xla.group_xty,
-      composed.by_columns,
-    )
+    forms = composed.fused_forms(xla.scatter2scatter, xla.group_xty)
+    vars(another).update(forms._asdict())
     module = importlib.import_module("scattermoe_jax.ops.smoe_mlp")
     monkeypatch.setattr(module, "choose_backend", lambda *_: another)
   arrays = inputs(CASE, jnp.float64)

@@ -46,7 +46,11 @@ Source: ScatterMoE (Tan et al., 2024), scatter2scatter and groupXtY; SonicMoE
 (Guo et al., 2025, arXiv 2512.14080), algorithm 3, for `down_projection_grad`.
 """
 
-from scattermoe_jax.kernels.composed import sum_choices, weighted_sum
+from scattermoe_jax.kernels.composed import (
+  gates_of_rows,
+  sum_choices,
+  weighted_sum,
+)
 from scattermoe_jax.kernels.contract import (
   IMPLEMENTATIONS,
   Columns,
@@ -62,6 +66,7 @@ __all__ = [
   "Problem",
   "accumulator_dtype",
   "choose_backend",
+  "gates_of_rows",
   "report",
   "sum_choices",
   "weighted_sum",

@@ -4,8 +4,9 @@ What a backend without fused kernels of its own runs, and the equations that
 fused kernels must equal.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,37 @@ from jaxtyping import Array, Float
 from scattermoe_jax._compat import vary_over, varying_axes
 from scattermoe_jax.kernels.contract import Columns, accumulator_dtype
 from scattermoe_jax.routing import Routing, take_rows
+
+
+class FusedForms(NamedTuple):
+  """The fused forms of a backend, by their names in the contract."""
+
+  up_projection: Callable[..., Any]
+  down_projection: Callable[..., Any]
+  down_projection_grad: Callable[..., Any]
+  up_projection_grad: Callable[..., Any]
+
+
+def fused_forms(
+  scatter2scatter: Callable[..., Array],
+  group_xty: Callable[..., Array],
+  *,
+  unroll: bool = True,
+) -> FusedForms:
+  """Returns the forms below, composed of a backend's products.
+
+  Args:
+    scatter2scatter: the one.
+    group_xty: the other.
+    unroll: see `by_columns`.
+  """
+  slices = functools.partial(by_columns, unroll=unroll)
+  return FusedForms(
+    functools.partial(up_projection, scatter2scatter),
+    functools.partial(down_projection, scatter2scatter, slices),
+    functools.partial(down_projection_grad, scatter2scatter),
+    functools.partial(up_projection_grad, scatter2scatter, group_xty, slices),
+  )
 
 
 def up_projection(
@@ -240,3 +272,12 @@ def gates_here(
   num_here = jnp.sum(routing.group_sizes, dtype=jnp.int32)
   here = routing.grouped_ids < num_here
   return jnp.where(here, gates, jnp.zeros_like(gates))
+
+
+def gates_of_rows(
+  gates: Float[Array, "T k"], routing: Routing
+) -> Float[Array, " S"]:
+  """Returns the gate of each grouped row; zero for 'not here'."""
+  row_gates = take_rows(gates.reshape(-1), routing.scattered_ids)
+  here = routing.expert_ids < routing.num_experts
+  return jnp.where(here, row_gates, jnp.zeros_like(row_gates))

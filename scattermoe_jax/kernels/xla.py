@@ -7,8 +7,6 @@ TPUs.) On a GPU a step of the loop costs some 20 us of launches whatever it
 does, so there it takes many tiles at once, as one batched product.
 """
 
-import functools
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -222,17 +220,12 @@ def group_xty(
   return lax.fori_loop(0, steps, add_tile, carry)[0]
 
 
-_by_columns = functools.partial(composed.by_columns, unroll=False)
-up_projection = functools.partial(composed.up_projection, scatter2scatter)
-down_projection = functools.partial(
-  composed.down_projection, scatter2scatter, _by_columns
-)
-down_projection_grad = functools.partial(
-  composed.down_projection_grad, scatter2scatter
-)
-up_projection_grad = functools.partial(
-  composed.up_projection_grad, scatter2scatter, group_xty, _by_columns
-)
+(
+  up_projection,
+  down_projection,
+  down_projection_grad,
+  up_projection_grad,
+) = composed.fused_forms(scatter2scatter, group_xty, unroll=False)
 
 
 def _rows_of(

@@ -4,7 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from scattermoe_jax.kernels import accumulator_dtype, weighted_sum
+from scattermoe_jax.kernels import (
+  accumulator_dtype,
+  gates_of_rows,
+  weighted_sum,
+)
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.operands import as_operands
@@ -41,15 +45,6 @@ def combine(
   checks.check_dtypes("combine", y, name="y")
   (y, gates), routing = as_operands((y, gates), routing)
   return _combine(y, gates, routing)
-
-
-def gates_of_rows(
-  gates: Float[Array, "T k"], routing: Routing
-) -> Float[Array, " S"]:
-  """Returns the gate of each grouped row; zero for 'not here'."""
-  row_gates = take_rows(gates.reshape(-1), routing.scattered_ids)
-  here = routing.expert_ids < routing.num_experts
-  return jnp.where(here, row_gates, jnp.zeros_like(row_gates))
 
 
 @jax.custom_vjp

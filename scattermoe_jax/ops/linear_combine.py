@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from scattermoe_jax.kernels import choose_backend
+from scattermoe_jax.kernels import choose_backend, gates_of_rows
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import get_activation
-from scattermoe_jax.ops.combine import gates_of_rows
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.operands import as_operands
 from scattermoe_jax.ops.parallel_linear import linear_problems

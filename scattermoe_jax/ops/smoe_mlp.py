@@ -14,10 +14,13 @@ from jax.tree_util import register_static
 from jaxtyping import Array, Float
 
 from scattermoe_jax._compat import varying_axes
-from scattermoe_jax.kernels import accumulator_dtype, choose_backend
+from scattermoe_jax.kernels import (
+  accumulator_dtype,
+  choose_backend,
+  gates_of_rows,
+)
 from scattermoe_jax.ops import checks
 from scattermoe_jax.ops.activations import Activation, get_activation
-from scattermoe_jax.ops.combine import gates_of_rows
 from scattermoe_jax.ops.derivatives import first_derivative_only
 from scattermoe_jax.ops.operands import as_operands
 from scattermoe_jax.ops.parallel_linear import bias_grad, linear_problems

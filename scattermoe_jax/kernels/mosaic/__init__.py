@@ -209,13 +209,12 @@ def down_projection(
       num_chunks=num_chunks,
       precision=precision,
     )
-  gates = composed.gates_here(gates, routing).reshape(-1)
   return scatter2scatter(
     x,
     w,
     routing,
     bias=bias,
-    gates=take_rows(gates, routing.scattered_ids),
+    gates=composed.gates_of_rows(gates, routing),
     grouped_in=grouped_in,
     config=config,
   )

@@ -121,15 +121,16 @@ class StoreRows(Epilogue):
     return [y, rows.ids_type(plan.part_m)]
 
   def hold(self, plan, accs, tile, extra, rows):
-    extra = list(extra)
-    bias = extra.pop(0) if self.bias is not None else None
+    operands = iter(extra)
+    bias = next(operands) if self.bias is not None else None
     column = tile.index_n * plan.part_n
     y = _add_bias(accs[0], bias, tile, column)
     if self.gates is not None:
-      y = _gates_of_rows(plan, extra.pop(0), tile, y.shape) * y
+      y = _gates_of_rows(plan, next(operands), tile, y.shape) * y
     held = [y.astype(plan.dtype)]
     if self.scattered_ids is not None:
-      held.append(rows.look_up(extra[0], tile.row, tile.end, plan.part_m))
+      ids = next(operands)
+      held.append(rows.look_up(ids, tile.row, tile.end, plan.part_m))
     return held
 
   def pieces(self, plan, held, tile, extra, outs, scratch, rows):

@@ -4,7 +4,6 @@ Deprecated upstream since JAX 0.11: where JAX no longer has it, `check` says so
 and the next backend runs. Only `launch` touches its API.
 """
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -176,13 +175,9 @@ def group_xty(
   return multiply(x, y, routing)
 
 
-up_projection = functools.partial(composed.up_projection, scatter2scatter)
-down_projection = functools.partial(
-  composed.down_projection, scatter2scatter, composed.by_columns
-)
-down_projection_grad = functools.partial(
-  composed.down_projection_grad, scatter2scatter
-)
-up_projection_grad = functools.partial(
-  composed.up_projection_grad, scatter2scatter, group_xty, composed.by_columns
-)
+(
+  up_projection,
+  down_projection,
+  down_projection_grad,
+  up_projection_grad,
+) = composed.fused_forms(scatter2scatter, group_xty)
