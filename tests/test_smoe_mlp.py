@@ -268,9 +268,10 @@ def test_gates_of_no_group_may_hold_anything(num_chunks):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("top_k", [1, 4])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_gates_of_no_group_may_hold_anything_on_a_gpu(name):
-  case = Case(300, 4, 8, 256, 128)
+def test_gates_of_no_group_may_hold_anything_on_a_gpu(name, top_k):
+  case = Case(300, top_k, 8, 256, 128)
   problem = Problem(case.num_rows, 8, 256, 128, "bfloat16", current_device())
   if reason := reason_against(name, [problem]):
     pytest.skip(reason)
@@ -280,9 +281,10 @@ def test_gates_of_no_group_may_hold_anything_on_a_gpu(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("top_k", [1, 4])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_every_backend_trains_on_a_gpu(name, dtype, bias):
-  case = Case(300, 4, 8, 256, 128)
+def test_every_backend_trains_on_a_gpu(name, top_k, dtype, bias):
+  case = Case(300, top_k, 8, 256, 128)
   problem = Problem(
     case.num_rows, 8, 256, 128, str(jnp.dtype(dtype)), current_device()
   )
