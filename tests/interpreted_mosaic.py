@@ -67,6 +67,20 @@ class SingleRows(NamedTuple):
   def arrive(self, barrier, in_flight):
     plgpu.barrier_arrive(barrier)
 
+  # Here the copies arrive at the stage's barrier themselves.
+
+  def landed_type(self, stages):
+    return plgpu.SMEM((stages,), jnp.int32)
+
+  def make_barriers(self, landed):
+    pass
+
+  def arrive_landed(self, landed, slot):
+    pass
+
+  def wait_landed(self, landed, slot, turn):
+    pass
+
   def store(self, y_smem, y, my_ids, column, begin, end):
     def store_row(row, _):
       plgpu.copy_smem_to_gmem(

@@ -299,36 +299,39 @@ def test_more_pieces_than_steps_interpreted():
 
 @needs_mosaic
 @pytest.mark.parametrize(
-  "steps, num_stages, d_out, loads, at_once, constants",
+  "steps, num_stages, d_out, loads, grouped, at_once, constants",
   [
-    (64, 4, 2048, 0, 4, True),
-    (64, 4, 2048, 4, 4, True),
-    (45, 4, 2880, 0, 5, False),
-    (47, 4, 2880, 0, 1, False),
-    (48, 3, 2048, 0, 3, True),
+    (64, 4, 2048, 0, False, 4, True),
+    (64, 4, 2048, 0, True, 4, True),
+    (64, 4, 2048, 4, False, 4, True),
+    (45, 4, 2880, 0, False, 5, False),
+    (47, 4, 2880, 0, False, 1, False),
+    (48, 3, 2048, 0, False, 3, True),
     # More steps than stages.
-    (44, 3, 2048, 0, 4, False),
-    # A small matrix, whose blocks load alone.
-    (64, 4, 256, 0, 1, False),
+    (44, 3, 2048, 0, False, 4, False),
+    # A small matrix, whose blocks load alone; rows announced as they land.
+    (64, 4, 256, 0, False, 1, False),
+    (64, 4, 256, 4, False, 4, True),
+    (64, 4, 256, 4, True, 1, False),
     # The next tile begins in the middle of the ring.
-    (64, 4, 2048, 2, 4, False),
+    (64, 4, 2048, 2, False, 4, False),
   ],
 )
 def test_the_loader_takes_several_steps_at_once(
-  steps, num_stages, d_out, loads, at_once, constants
+  steps, num_stages, d_out, loads, grouped, at_once, constants
 ):
   from scattermoe_jax.kernels.mosaic import epilogues, matmul_loader
   from scattermoe_jax.kernels.mosaic.matmul_tiles import Plan
 
   config = TileConfig(128, 64 * loads or 256, num_stages=num_stages)
   config = dataclasses.replace(config, num_sms=132)
-  plan = Plan(2**18, 128, 64 * steps, d_out, jnp.bfloat16, config)
+  plan = Plan(2**18, 128, 64 * steps, d_out, jnp.bfloat16, config, grouped)
   epilogue = epilogues.StoreRows()
   if loads:
     silu, h = get_activation("silu", gated=True), jnp.zeros((8, 128))
     epilogue = epilogues.Differentiate(silu, h, jnp.zeros(8))
   assert epilogue.num_loads(plan) == loads
-  assert matmul_loader.steps_at_once(plan) == at_once
+  assert matmul_loader.steps_at_once(plan, epilogue) == at_once
   assert matmul_loader.turns_fill_the_ring(plan, epilogue) == constants
 
 
@@ -593,10 +596,8 @@ def test_a_step_in_chunks_lowers_within(case, request):
   assert text.count(KERNEL) == 6
 
 
-@needs_mosaic
-def test_no_sum_of_floats_is_left_to_the_order_of_a_reduction():
-  # Which the compiler chooses, so that two compilations differ by some bits.
-  T, d, n, E, k = 512, 256, 2048, 4, 1
+def lowered_derivative(T, d, n, E, k):
+  """Returns the text of dx_down and all that is fused with it."""
   activation = get_activation("silu", gated=True)
 
   def gradients(dy, w, h, gates, ids):
@@ -605,7 +606,7 @@ def test_no_sum_of_floats_is_left_to_the_order_of_a_reduction():
     )
 
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-  text = lowered(
+  return lowered(
     gradients,
     shape((T, d)),
     shape((E, n, d)),
@@ -613,6 +614,12 @@ def test_no_sum_of_floats_is_left_to_the_order_of_a_reduction():
     jax.ShapeDtypeStruct((T * k,), jnp.float32),
     jax.ShapeDtypeStruct((T, k), jnp.int32),
   )
+
+
+@needs_mosaic
+def test_no_sum_of_floats_is_left_to_the_order_of_a_reduction():
+  # Which the compiler chooses, so that two compilations differ by some bits.
+  text = lowered_derivative(512, 256, 2048, 4, 1)
   reductions = re.findall(r"stablehlo\.reduce.*", text)
   assert reductions  # Of integers, for the schedule.
   assert not [line for line in reductions if re.search(r"x(bf16|f32)", line)]
@@ -626,6 +633,13 @@ def test_layers_of_a_model_share_their_kernels():
     for layers in (3, 4)
   )
   assert three == four
+
+
+@needs_mosaic
+@pytest.mark.parametrize("d, by_themselves", [(256, True), (1024, False)])
+def test_rows_of_a_small_matrix_announce_themselves(d, by_themselves):
+  text = lowered_derivative(512, d, 2048, 2, 1)
+  assert ("cp.async.mbarrier.arrive" in text) == by_themselves
 
 
 def lowered_product(d, n):

@@ -12,7 +12,7 @@ Eight threads read one 128-byte line, and the row is the only thing that is
 looked up: once per tile, not once per step, and a tile ahead.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,16 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 from scattermoe_jax.kernels.mosaic import layouts as lt
 
 _ROWS_AT_ONCE = lt.WARPGROUP // lt.CHUNKS
+
+_BARRIER_BYTES = 8
+_WAIT = """{
+  .reg .pred done;
+  look:
+  mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;
+  @done bra leave;
+  bra look;
+  leave:
+}"""
 
 
 class RowCopies(NamedTuple):
@@ -101,7 +111,7 @@ class RowCopies(NamedTuple):
   def load(self, x, x_smem, my_ids, column, barrier, *, offset: int) -> None:
     """Starts the copy of 64 columns of the rows of `my_ids` into a stage.
 
-    Counted by `arrive`, not by `barrier`.
+    Announced by `arrive`, or by themselves by `arrive_landed`.
 
     Args:
       x: the rows, in global memory.
@@ -144,6 +154,62 @@ class RowCopies(NamedTuple):
     """Reports the stage before the last `in_flight` ones to its barrier."""
     lt.wait_async_copies(in_flight)
     plgpu.barrier_arrive(barrier)
+
+  def landed_type(self, stages: int) -> Any:
+    """Returns the type of barriers at which copies arrive by themselves.
+
+    Pallas hands out no address of its own ones: these are words of shared
+    memory, two for each stage.
+    """
+    return plgpu.SMEM((2 * stages,), jnp.int32)
+
+  def make_barriers(self, landed) -> None:
+    """Makes barriers of the words; for the warpgroup that loads.
+
+    Who waits for anything that it announces later, finds them made.
+    """
+    stages = landed.shape[0] // 2
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def make(_, landed):
+      text = "@$0 mbarrier.init.shared::cta.b64 [$1], $2;"
+      for slot in range(stages):
+        barrier = lt.at_byte(lt.shared_pointer(landed), slot * _BARRIER_BYTES)
+        operands = [lt.is_thread(0), barrier, lt.const(lt.WARPGROUP)]
+        lt.run_ptx(text, "b,r,r", operands)
+      return ()
+
+    make(landed)
+    plgpu.commit_smem()  # Until all threads may arrive.
+
+  def arrive_landed(self, landed, slot) -> None:
+    """Lets all copies that were started arrive at a barrier, once there."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), lt.SCALAR))
+    def arrive(_, landed, slot):
+      text = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];"
+      lt.run_ptx(text, "r", [_barrier(landed, slot)])
+      return ()
+
+    arrive(landed, lt.int32(slot))
+
+  def wait_landed(self, landed, slot, turn) -> None:
+    """Waits for copies into a stage; then the tensor core may read it.
+
+    Args:
+      landed: the barriers.
+      slot: the stage.
+      turn: how often the stage was filled before.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), lt.SCALAR, lt.SCALAR))
+    def wait(_, landed, slot, turn):
+      parity = arith.andi(lt.scalar(turn), lt.const(1))
+      lt.run_ptx(_WAIT, "r,r", [_barrier(landed, slot), parity])
+      lt.fence_async_shared()
+      return ()
+
+    wait(landed, lt.int32(slot), lt.int32(turn))
 
   def store(self, y_smem, y, my_ids, column, begin, end) -> None:
     """Stores rows [begin, end) of 64 columns to the rows of `my_ids`."""
@@ -191,6 +257,11 @@ class RowCopies(NamedTuple):
       lt.row_chunk(row_id, self.fan_out, self.width) for row_id in row_ids
     ]
     return [lt.at_chunk(pointer, arith.addi(row, chunk)) for row in rows]
+
+
+def _barrier(landed, slot) -> ir.Value:
+  place = arith.muli(lt.scalar(slot), lt.const(_BARRIER_BYTES))
+  return lt.at_byte(lt.shared_pointer(landed), place)
 
 
 def _row_and_chunk() -> tuple[ir.Value, ir.Value]:

@@ -39,6 +39,7 @@ from scattermoe_jax.kernels.mosaic.matmul_loader import (
   Sources,
   Stages,
   arrivals,
+  copies_arrive,
 )
 from scattermoe_jax.kernels.mosaic.matmul_tiles import (
   CONSUMERS,
@@ -90,6 +91,7 @@ def multiply(
   config, stages = plan.config, plan.config.num_stages
   schedule = window_schedule(routing.group_sizes, plan.num_rows, *plan.windows)
   slices = [] if slice_index is None else [slice_index[None]]
+  lands = copies_arrive(plan, epilogue)
   rows = RowCopies(plan.d_in, plan.num_rows // x.shape[0])
   registers = _REGISTERS
   if not (plan.grouped_in or epilogue.holds):
@@ -101,6 +103,7 @@ def multiply(
     extra, refs = refs[: len(operands)], refs[len(operands) :]
     outs, refs = refs[: len(out_types)], refs[len(out_types) :]
     x_smem, w_smem, full, empty, *scratch = refs
+    landed = scratch.pop() if lands else None
     warpgroup = lax.axis_index("warpgroup")
     walk = Walk.of(plan, WindowSchedule(*windows))
 
@@ -108,7 +111,7 @@ def multiply(
     def produce():
       plgpu.set_max_registers(registers.producer, action="decrease")
       sources = Sources(x, w, ids, index[0] if index else None, extra)
-      ring = Stages(x_smem, w_smem, full, empty)
+      ring = Stages(x_smem, w_smem, full, empty, landed)
       Loader(plan, epilogue, rows, walk, sources, ring).load_tiles()
 
     @pl.when(warpgroup != _PRODUCER)
@@ -146,6 +149,8 @@ def multiply(
             step, before = carry
             slot = lt.rem(step, stages)
             plgpu.barrier_wait(full.at[slot])
+            if lands:
+              rows.wait_landed(landed, slot, step // stages)
             x_part = x_smem.at[slot, pl.ds(part, plan.part_m)]
             for half, acc in enumerate(accs):
               w_half = w_smem.at[slot, half]
@@ -244,6 +249,7 @@ def multiply(
       plgpu.Barrier(num_arrivals=arrivals(plan, rows), num_barriers=stages),
       clusters.barriers(plan.cluster, CONSUMERS, stages),
       *epilogue.scratch_types(plan),
+      *([rows.landed_type(stages)] if lands else []),
     ],
     **clusters.grid(config.num_sms, plan.cluster),
     num_threads=CONSUMERS + 1,
@@ -253,6 +259,8 @@ def multiply(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
       unsafe_no_auto_barriers=True,
       approx_math=epilogue.approximates,
+      # Threads that hold a row are of one warp: they sum by shuffles.
+      reduction_scratch_bytes=0,
     ),
   )
   outs = kernel(x, w, routing.scattered_ids, *schedule, *slices, *operands)

@@ -1,8 +1,9 @@
 """The warpgroup of a grouped matmul that loads: it keeps a ring of stages full.
 
 A step's w comes by TMA, its rows of x by TMA where they are grouped, else by
-cp.async. These are announced one step late, so that two steps are under way;
-TMA announces its own.
+cp.async. TMA announces its own. Gathered rows are announced by the loader one
+step late, so that two steps are under way, or (`copies_arrive`) by themselves
+as they land, so that all stages may be.
 
     stage    0        1        2        3        0
              copy 0
@@ -60,12 +61,15 @@ class Stages(NamedTuple):
     w: of the halves of w.
     full: barriers: a stage holds a step.
     empty: barriers: a stage may be filled.
+    landed: barriers: a stage holds a step's gathered rows; None if `full` says
+      so too.
   """
 
   x: Any
   w: Any
   full: Any
   empty: Any
+  landed: Any = None
 
 
 def arrivals(plan: Plan, rows: Any) -> int:
@@ -73,14 +77,25 @@ def arrivals(plan: Plan, rows: Any) -> int:
   return plan.halves + (1 if plan.grouped_in else rows.arrivals)
 
 
-def steps_at_once(plan: Plan) -> int:
+def copies_arrive(plan: Plan, epilogue: Any) -> bool:
+  """Returns whether gathered rows are announced by their copies, as they land.
+
+  Where blocks load alone and the epilogue reads as well that is faster: rows
+  come from far, for few columns. Elsewhere it gains nothing, or loses.
+  """
+  reads = epilogue.num_loads(plan) > 0
+  return reads and plan.cluster == 1 and not plan.grouped_in
+
+
+def steps_at_once(plan: Plan, epilogue: Any) -> int:
   """Returns how many steps the loader takes in one turn of its loop.
 
-  Where blocks load in pairs as many as there are stages, if they divide a
-  tile's steps, else the most of up to five that do: where a gathered row begins
-  serves all of them. Where blocks load alone that was mostly slower.
+  Where blocks load in pairs, or copies announce themselves, as many as there
+  are stages, if they divide a tile's steps, else the most of up to five that
+  do: where a gathered row begins serves all of them. Elsewhere that was mostly
+  slower.
   """
-  if plan.cluster == 1:
+  if plan.cluster == 1 and not copies_arrive(plan, epilogue):
     return 1
   candidates = plan.config.num_stages, 5, 4, 3, 2, 1
   return next(count for count in candidates if plan.steps % count == 0)
@@ -88,7 +103,7 @@ def steps_at_once(plan: Plan) -> int:
 
 def turns_fill_the_ring(plan: Plan, epilogue: Any) -> bool:
   """Returns whether each turn of the loop begins with the first stage."""
-  counts = steps_at_once(plan), epilogue.num_loads(plan)
+  counts = steps_at_once(plan, epilogue), epilogue.num_loads(plan)
   return all(count % plan.config.num_stages == 0 for count in counts)
 
 
@@ -117,7 +132,7 @@ class Loader:
     self.plan, self.epilogue, self.rows = plan, epilogue, rows
     self.walk, self.sources, self.stages = walk, sources, stages
     self.num_stages = plan.config.num_stages
-    self.at_once = steps_at_once(plan)
+    self.at_once = steps_at_once(plan, epilogue)
     self.slots_are_constants = turns_fill_the_ring(plan, epilogue)
     index = sources.slice_index
     self.shift = None if index is None else index[0] * plan.d_out
@@ -125,6 +140,8 @@ class Loader:
 
   def load_tiles(self) -> None:
     """Fills the ring with the steps of all tiles, and waits for its release."""
+    if self.stages.landed is not None:
+      self.rows.make_barriers(self.stages.landed)
     now = self.walk.entry(0)
     start = (jnp.int32(0), jnp.int32(-1), now, self._look_up(now))
     _, previous, *_ = lax.fori_loop(
@@ -220,17 +237,20 @@ class Loader:
     else:
       column, offset = k * config.block_k, ahead * config.block_k
       self.rows.load(x, target, my_ids, column, full, offset=offset)
+      if self.stages.landed is not None:
+        self.rows.arrive_landed(self.stages.landed, slot)
+        plgpu.barrier_arrive(full)
 
   def _announce(self, slot, in_flight: int) -> None:
     """Announces a stage of gathered rows, once they are there.
 
-    TMA announces its own.
+    TMA announces its own, and so do rows that arrive by themselves.
 
     Args:
       slot: the stage.
       in_flight: how many later steps may still be on their way.
     """
-    if not self.plan.grouped_in:
+    if not self.plan.grouped_in and self.stages.landed is None:
       self.rows.arrive(self.stages.full.at[slot], in_flight)
 
   def _announce_last(self, previous, in_flight: int, slot=None) -> None:
@@ -258,6 +278,8 @@ class Loader:
       )
       for _missing in range(arrivals(self.plan, self.rows) - copies):
         plgpu.barrier_arrive(full)
+      if self.stages.landed is not None:  # Its turns are the ring's.
+        self.rows.arrive_landed(self.stages.landed, slot)
       return step + 1
 
     return lax.fori_loop(
