@@ -78,6 +78,9 @@ class SingleRows(NamedTuple):
   def arrive_landed(self, landed, slot):
     pass
 
+  def pass_landed(self, landed, slot):
+    pass
+
   def wait_landed(self, landed, slot, turn):
     pass
 

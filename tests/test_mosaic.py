@@ -637,9 +637,31 @@ def test_layers_of_a_model_share_their_kernels():
 
 @needs_mosaic
 @pytest.mark.parametrize("d, by_themselves", [(256, True), (1024, False)])
-def test_rows_of_a_small_matrix_announce_themselves(d, by_themselves):
+def test_rows_of_a_small_matrix_announce_themselves(
+  monkeypatch, d, by_themselves
+):
+  from scattermoe_jax.kernels.mosaic.gather import RowCopies
+
+  called = []
+
+  def noted(name):
+    method = getattr(RowCopies, name)
+
+    def call(*args):
+      called.append(name)
+      return method(*args)
+
+    monkeypatch.setattr(RowCopies, name, call)
+
+  names = "make_barriers", "arrive_landed", "pass_landed"
+  for name in names:
+    noted(name)
+  jax.clear_caches()  # Else the kernel may have been traced before.
   text = lowered_derivative(512, d, 2048, 2, 1)
   assert ("cp.async.mbarrier.arrive" in text) == by_themselves
+  # Of a ring's stages each is counted: four steps in a turn, and one for h.
+  counts = (1, 4, 1) if by_themselves else (0, 0, 0)
+  assert tuple(map(called.count, names)) == counts
 
 
 def lowered_product(d, n):

@@ -25,6 +25,8 @@ from scattermoe_jax.kernels.mosaic import layouts as lt
 _ROWS_AT_ONCE = lt.WARPGROUP // lt.CHUNKS
 
 _BARRIER_BYTES = 8
+_ARRIVE = "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];"
+_ARRIVE_LANDED = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];"
 _WAIT = """{
   .reg .pred done;
   look:
@@ -184,14 +186,14 @@ class RowCopies(NamedTuple):
 
   def arrive_landed(self, landed, slot) -> None:
     """Lets all copies that were started arrive at a barrier, once there."""
+    _at_barrier(_ARRIVE_LANDED, landed, slot)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), lt.SCALAR))
-    def arrive(_, landed, slot):
-      text = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];"
-      lt.run_ptx(text, "r", [_barrier(landed, slot)])
-      return ()
+  def pass_landed(self, landed, slot) -> None:
+    """Arrives at the barrier of a stage that is filled without gathered rows.
 
-    arrive(landed, lt.int32(slot))
+    At once, so that who waits for the stage's next rows finds this turn over.
+    """
+    _at_barrier(_ARRIVE, landed, slot)
 
   def wait_landed(self, landed, slot, turn) -> None:
     """Waits for copies into a stage; then the tensor core may read it.
@@ -257,6 +259,15 @@ class RowCopies(NamedTuple):
       lt.row_chunk(row_id, self.fan_out, self.width) for row_id in row_ids
     ]
     return [lt.at_chunk(pointer, arith.addi(row, chunk)) for row in rows]
+
+
+def _at_barrier(text: str, landed, slot) -> None:
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), lt.SCALAR))
+  def run(_, landed, slot):
+    lt.run_ptx(text, "r", [_barrier(landed, slot)])
+    return ()
+
+  run(landed, lt.int32(slot))
 
 
 def _barrier(landed, slot) -> ir.Value:

@@ -278,8 +278,8 @@ class Loader:
       )
       for _missing in range(arrivals(self.plan, self.rows) - copies):
         plgpu.barrier_arrive(full)
-      if self.stages.landed is not None:  # Its turns are the ring's.
-        self.rows.arrive_landed(self.stages.landed, slot)
+      if self.stages.landed is not None:
+        self.rows.pass_landed(self.stages.landed, slot)
       return step + 1
 
     return lax.fori_loop(
