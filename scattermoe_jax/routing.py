@@ -74,8 +74,9 @@ def route(expert_ids: Integer[Array, "T k"], num_experts: int) -> Routing:
 
   Args:
     expert_ids: the experts of each token; outside [0, E) for 'not here', so
-      that ids counted from 1 lose an expert without a word: where none is
-      meant, `checkify.check(jnp.all(ids < E), "ids")` finds them under `jit`.
+      that ids counted from 1 lose an expert without a word. Where none is
+      meant, `checkify.check(jnp.all((ids >= 0) & (ids < E)), "ids")` finds
+      them in what `jax.experimental.checkify.checkify` wraps, `jit` outside.
     num_experts: E.
 
   Returns:
