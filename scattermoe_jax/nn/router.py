@@ -68,9 +68,11 @@ class Router(nn.Module):
   Attributes:
     num_experts: E.
     top_k: k.
-    scoring: the rule, see the functions of this file. A single gate (k = 1)
-      that is divided by the sum of all k is 1 and has no gradient: for that
-      "softmax_top_k", as Switch has it, or "sigmoid" without `renormalize`.
+    scoring: the rule. "softmax_top_k" and "softmax_top_k_renormalized" are
+      `softmax_then_top_k`, "top_k_softmax" is `top_k_then_softmax`, "sigmoid"
+      is `sigmoid_top_k`. A single gate (k = 1) that is divided by the sum of
+      all k is 1 and has no gradient: for that "softmax_top_k", as Switch has
+      it, or "sigmoid" without `renormalize`.
     use_bias: whether the linear layer has a bias (gpt-oss).
     num_groups: groups of experts, of which only the best `top_groups` are open;
       "sigmoid" only.
