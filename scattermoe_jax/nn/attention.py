@@ -137,7 +137,8 @@ class MixtureOfAttention(nn.Module):
     Args:
       x: tokens.
       positions: of the tokens in their sequences; None for consecutive ones,
-        which go on from the cache's length.
+        which go on from the cache's length. That counts padding too: after
+        prompts of unequal length, padded on the right, give them.
       segment_ids: tokens of different ids don't see each other; 0 is padding.
       mask: True where the token is real; the rest is padding. A padding token
         goes to no expert and gets zero, whatever it holds.
