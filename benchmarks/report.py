@@ -48,6 +48,14 @@ library. What is empty was not measured, or not in the same run. Pictures say of
 which card they are: of two, the one where more peers ran.
 [kernels.md](kernels.md) says which records are of kernels that have changed
 since, and how peers were run.
+
+"Regrouping" is the mixture of attention built the usual way: rows copied into
+expert order and back, in passes of their own or fused by XLA. "Held" is what
+stays from the forward to the backward beside x, gates, weights and ids; chunks
+are `num_chunks`, and "keep" names a `remat_policy`. The bytes bound is the time
+of what must be moved once: of a router the tokens, twice, and their gradient;
+of a layer's forward the weights of the experts that tokens met. Up, down, dx
+and dw are the six products of a layer, forward and backward.
 """
 
 
