@@ -34,6 +34,11 @@ class Activation:
     is_exponential: whether `value_and_slope` is made of arithmetic, exp and
       sigmoid alone. A kernel then takes the device's own exp, which is off by
       2e-7 of its value, and by as much again for each 1 of its argument.
+
+  Example:
+    >>> square = Activation("square", lambda z: (z * z, 2 * z))
+    >>> square.apply(jnp.array([[3.0]])).tolist()
+    [[9.0]]
   """
 
   name: str
