@@ -39,7 +39,8 @@ def parallel_linear(
     routing: from `route`.
     bias: one bias per expert.
     grouped_in: whether x is in grouped order rather than in scattered order.
-    grouped_out: whether y is to be.
+    grouped_out: whether y is to be. `combine` needs it: it takes grouped rows,
+      and cannot tell scattered ones from them.
     precision: of the products, as `jax.lax.dot_general` takes it; decides TF32
       for float32 on GPUs.
     implementation: "mosaic", "triton" or "xla"; None for the first that can.
