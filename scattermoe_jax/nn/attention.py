@@ -50,7 +50,8 @@ class MixtureOfAttention(nn.Module):
 
   k * num_heads query heads are active; keys and values have `num_heads` heads,
   which all experts share. Causal, with rotary positions. On several devices,
-  call it inside `jax.shard_map`, sequences split: it has no `mesh_axes`.
+  call it inside `jax.shard_map`, sequences split: it has no `mesh_axes`. The
+  metrics are then of a device's own tokens: average or sum them there.
 
   Submodules: `router` (`Router`), `query` (kernel (E, d, n d_head)),
   `key_value` (kernel (d, 2 n d_head), keys first) and `output` (kernel
