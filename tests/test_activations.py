@@ -106,6 +106,24 @@ def test_an_activation_of_the_users_own():
   assert get_activation(softplus, gated=False) is softplus
 
 
+@pytest.mark.parametrize(
+  "function",
+  [jax.nn.relu, lambda z: (z,), lambda z: (z[0], z), lambda z: [z, z]],
+  ids=["array", "one", "shape", "list"],
+)
+def test_a_function_that_returns_no_pair_is_refused(function):
+  mine = Activation("mine", function, gated=True)
+  with pytest.raises(
+    TypeError, match=r"smoe_mlp: .* 'mine' must return the pair .* jax\.jvp"
+  ):
+    get_activation(mine, gated=True, function="smoe_mlp")
+
+
+def test_a_slope_may_be_a_number():
+  twice = Activation("twice", lambda z: (2 * z, 2.0))
+  assert get_activation(twice, gated=False) is twice
+
+
 @pytest.mark.parametrize("unknown", ["swish", jax.nn.relu], ids=["str", "fn"])
 def test_an_unknown_activation_is_named(unknown, unchecked):
   with pytest.raises(

@@ -26,7 +26,7 @@ class Activation:
 
   Attributes:
     name: what users call it.
-    value_and_slope: f and its derivative.
+    value_and_slope: f and its derivative, as a pair.
     gated: whether h is [g, u] and a = f(g) * u; else a = f(h).
     limit: clamps g to at most this and u to at most this in magnitude; gated
       only. Gradients are zero where clamped.
@@ -131,12 +131,15 @@ def get_activation(
   Raises:
     ValueError: if the name is unknown, or the activation needs a gate that the
       weights lack, or the other way round.
+    TypeError: if an activation's function returns no pair.
   """
-  if not isinstance(activation, Activation):
+  if isinstance(activation, Activation):
+    _check_pair(activation, function)
+  else:
     if activation not in ACTIVATIONS:
       raise ValueError(
         f"{function}: activation must be one of {ACTIVATIONS} or an "
-        f"Activation, got {activation!r}."
+        f"Activation, got {activation!r}; SwiGLU is 'silu' with a gate."
       )
     if activation == "clamped_swiglu":
       activation = clamped_swiglu()
@@ -146,9 +149,24 @@ def get_activation(
     needs = "w_in of width 2n" if activation.gated else "w_in of width n"
     raise ValueError(
       f"{function}: activation {activation.name!r} needs {needs}: w_in has the "
-      f"width of a {'gated' if gated else 'plain'} one."
+      f"width of a {'gated' if gated else 'plain'} one; both the layer's "
+      f"`gated` and the activation's must be {gated} or neither."
     )
   return activation
+
+
+def _check_pair(activation: Activation, function: str) -> None:
+  # Of an array, the first row would be taken for f.
+  z = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  made = jax.eval_shape(activation.value_and_slope, z)
+  is_pair = isinstance(made, tuple) and len(made) == 2
+  if not is_pair or made[0].shape != z.shape:
+    raise TypeError(
+      f"{function}: value_and_slope of activation {activation.name!r} must "
+      f"return the pair (f(z), df/dz), f(z) of z's shape; for {z} it returned "
+      f"{made}. Of a function f alone: "
+      "lambda z: jax.jvp(f, (z,), (jnp.ones_like(z),))."
+    )
 
 
 # Cached, so that activations of equal values are equal: they are static
