@@ -259,6 +259,17 @@ def test_a_cache_may_be_filled_to_its_last_slot():
   np.testing.assert_array_equal(got, expected)
 
 
+def test_tokens_past_the_last_slot_make_nan():
+  q, k, v = jax.random.normal(jax.random.key(0), (3, B, L, H, C))
+  step = jax.jit(lambda q, k, v, cache: smnn.attend(q, k, v, cache=cache))
+  y, cache = step(q, k, v, smnn.KVCache.empty(B, L, H, C))
+  assert np.isfinite(y).all()
+  for token in (0, 1):  # No later one is right again.
+    part = (a[:, token : token + 1] for a in (q, k, v))
+    y, cache = step(*part, cache)
+    assert np.isnan(y).all() and cache.length == L + token + 1
+
+
 def test_padding_of_wide_numpy_arrays_is_finite(unchecked):
   q = np.random.default_rng(0).normal(size=(1, 2, 2, 8))
   got, _ = smnn.attend(q, q, q, segment_ids=jnp.array([[1, 0]]))

@@ -543,10 +543,14 @@ def test_rotary_embedding_turns_heads(given, message):
     smnn.rotary_embedding(**given)
 
 
-@pytest.mark.parametrize("field", ["capacity", "num_heads", "head_dim"])
-def test_a_cache_has_slots(field):
-  sizes = {"batch": B, "capacity": L, "num_heads": 2, "head_dim": 4, field: 0}
-  message = f"^KVCache.empty: {field} must be at least 1, got 0."
+@pytest.mark.parametrize(
+  ("field", "least"),
+  [("batch", 0), ("capacity", 1), ("num_heads", 1), ("head_dim", 1)],
+)
+def test_a_cache_has_slots(field, least):
+  sizes = {"batch": B, "capacity": L, "num_heads": 2, "head_dim": 4}
+  sizes |= {field: least - 1}
+  message = f"^KVCache.empty: {field} must be at least {least}, got {least - 1}"
   with pytest.raises(ValueError, match=message):
     smnn.KVCache.empty(**sizes)
 
@@ -593,3 +597,11 @@ def test_attention_implementation_is_one_that_there_is():
     smnn.attend(q, q, q, implementation="flash", sinks=jnp.ones((2,)))
   with pytest.raises(ValueError, match="'cudnn' has no sinks; use None or"):
     smnn.attend(q, q, q, implementation="cudnn", sinks=jnp.ones((2,)))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="GPUs have cuDNN")
+def test_cudnn_without_a_gpu_is_refused_in_words():
+  q = jnp.ones((B, L, 2, 4))
+  message = "^attend: implementation='cudnn' needs a GPU, this is cpu; use None"
+  with pytest.raises(NotImplementedError, match=message):
+    smnn.attend(q, q, q, implementation="cudnn")

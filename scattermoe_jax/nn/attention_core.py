@@ -37,7 +37,7 @@ class KVCache(NamedTuple):
     value: as projected.
     positions: of each slot's token in its sequence.
     segment_ids: of each slot's token; 0 for padding and for empty slots.
-    length: slots written so far. Writing past C is not detected.
+    length: slots written so far. Tokens past C make NaN of all that they see.
   """
 
   key: Float[Array, "B C n d_head"]
@@ -65,6 +65,7 @@ class KVCache(NamedTuple):
       head_dim: d_head.
       dtype: of keys and values.
     """
+    checks.check_ints("KVCache.empty", least=0, batch=batch)
     checks.check_ints(
       "KVCache.empty",
       capacity=capacity,
@@ -89,7 +90,11 @@ class KVCache(NamedTuple):
     positions: Int[Array, "B L"],
     segment_ids: Int[Array, "B L"],
   ) -> "KVCache":
-    """Returns the cache with L more slots written."""
+    """Returns the cache with L more slots written, as NaN if past C."""
+    length = self.length + jnp.int32(key.shape[1])
+    # Not an error: the length is known at run time only.
+    fits = length <= self.key.shape[1]
+    value = jnp.where(fits, value, jnp.full_like(value, jnp.nan))
 
     def write(slots, new):
       zero = jnp.zeros_like(self.length)
@@ -101,7 +106,7 @@ class KVCache(NamedTuple):
       write(self.value, value),
       write(self.positions, positions),
       write(self.segment_ids, segment_ids),
-      self.length + jnp.int32(key.shape[1]),
+      length,
     )
 
 
@@ -149,6 +154,7 @@ def attend(
     was given). What padding tokens get is finite and means nothing.
 
   Raises:
+    NotImplementedError: if cuDNN is asked for, and there is no GPU.
     ValueError: if shapes disagree, the cache has fewer slots than there are
       tokens, a window or a cache comes without `causal`, the implementation is
       none of these, or sinks are given to cuDNN, which has none.
@@ -162,6 +168,11 @@ def attend(
   if sinks is not None and implementation == "cudnn":
     raise ValueError(
       "attend: implementation='cudnn' has no sinks; use None or 'xla'."
+    )
+  if implementation == "cudnn" and current_device().platform != "gpu":
+    raise NotImplementedError(
+      "attend: implementation='cudnn' needs a GPU, this is "
+      f"{current_device().kind}; use None or 'xla'."
     )
   checks.check_window("attend", sliding_window)
   is_self = causal or cache is not None or segment_ids is not None
