@@ -28,6 +28,12 @@ from scattermoe_jax._compat import (
   varying_axes,
 )
 
+# What to do with arrays that lie on several devices.
+REMEDY = (
+  "use scattermoe_jax.sharding (Flax modules: mesh_axes=...), or call it "
+  "inside jax.shard_map (MixtureOfAttention, which has no mesh_axes, too)"
+)
+
 
 class Routing(NamedTuple):
   """The ids of one routing; made once by `route`, passed whole to every op.
@@ -270,8 +276,7 @@ def _check_expert_ids(function: str, expert_ids, num_experts: int) -> None:
   if axes := split_axes(expert_ids):
     raise NotImplementedError(
       f"{function}: expert_ids is split over {axes}, mesh axes of explicit "
-      "type, and a routing is of all tokens; use scattermoe_jax.sharding, or "
-      "call it inside jax.shard_map."
+      f"type, and a routing is of all tokens; {REMEDY}."
     )
   dtype = jnp.result_type(expert_ids)
   if not jnp.issubdtype(dtype, jnp.integer):

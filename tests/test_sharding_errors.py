@@ -291,6 +291,15 @@ def test_arrays_that_explicit_axes_split_are_checked_too(function, unchecked):
     run(function, MeshAxes(data="a"), change, AxisType.Explicit)
 
 
+def test_a_routing_of_split_ids_says_what_a_module_takes():
+  mesh = mesh_of(AxisType.Explicit)
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
+  ids = jax.device_put(IDS[:8], split)
+  message = r"route: expert_ids is split over .* \(Flax modules: mesh_axes="
+  with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match=message):
+    sm.route(ids, E)
+
+
 @pytest.mark.parametrize("function", GOOD, ids=lambda f: f.__name__)
 def test_the_good_arguments_are_good(function):
   y = run(function, MeshAxes(data="a"), {})

@@ -46,6 +46,7 @@ Source: ScatterMoE (Tan et al., 2024), scatter2scatter and groupXtY; SonicMoE
 (Guo et al., 2025, arXiv 2512.14080), algorithm 3, for `down_projection_grad`.
 """
 
+from scattermoe_jax._compat import current_device
 from scattermoe_jax.kernels.composed import (
   gates_of_rows,
   sum_choices,
@@ -66,6 +67,7 @@ __all__ = [
   "Problem",
   "accumulator_dtype",
   "choose_backend",
+  "current_device",
   "gates_of_rows",
   "report",
   "sum_choices",

@@ -130,8 +130,9 @@ def report(problem: Problem | None = None) -> str:
   """Returns, in a few lines, which backend would run a product and why.
 
   Args:
-    problem: the product asked about, a `Problem` of `scattermoe_jax.kernels`;
-      a bfloat16 one of common size, on the device that is here, if None.
+    problem: the product asked about, a `Problem` of `scattermoe_jax.kernels`,
+      whose `current_device` is the one that is here; a bfloat16 one of common
+      size, if None.
 
   Example:
     >>> print(report().splitlines()[0][:6])

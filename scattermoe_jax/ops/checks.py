@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 
 from scattermoe_jax._compat import split_axes
-from scattermoe_jax.ops.placement import REMEDY
-from scattermoe_jax.routing import Routing, is_static_int
+from scattermoe_jax.routing import REMEDY, Routing, is_static_int
 
 
 def check_arrays(

@@ -13,12 +13,7 @@ from types import ModuleType
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from scattermoe_jax.routing import Routing
-
-REMEDY = (
-  "use scattermoe_jax.sharding (Flax modules: mesh_axes=...), or call it "
-  "inside jax.shard_map (MixtureOfAttention, which has no mesh_axes, too)"
-)
+from scattermoe_jax.routing import REMEDY, Routing
 
 _placed_p = Primitive("smoe_placed")
 
