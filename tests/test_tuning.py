@@ -1,5 +1,7 @@
 """Tiles by table and by rule: plain values in, valid tiles out."""
 
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -36,6 +38,13 @@ def test_blocks_of_a_launch_come_from_the_device():
   assert tuning.tuned_config(tuning.OPS[0], small).num_sms == 78
 
 
+def test_a_device_of_unknown_size_has_the_blocks_of_an_h200():
+  unknown = PROBLEMS[0]._replace(device=H200._replace(num_cores=None))
+  for op in tuning.OPS:
+    assert tuning.heuristic(op, unknown).num_sms == 132
+    assert {c.num_sms for c in tuning.candidates(op, unknown)} == {132}
+
+
 def test_lookup_takes_the_nearest_and_nothing_far():
   near, far = TileConfig(128, 128), TileConfig(128, 256)
   entries = [
@@ -49,6 +58,51 @@ def test_lookup_takes_the_nearest_and_nothing_far():
   assert tuning.lookup("up_projection", tiny, entries) is None
 
 
+def test_lookup_reaches_twice_and_half_of_each_size_and_no_further():
+  entry = tuning.Entry("up_projection", 256, 64, 1024, 4096, TileConfig())
+  problem = Problem(256 * 64, 64, 1024, 4096, "bfloat16", H200)
+
+  def is_near(**sizes):
+    entries = [entry._replace(**sizes)]
+    return tuning.lookup("up_projection", problem, entries) is not None
+
+  sizes = ("rows_per_expert", "num_experts", "d_in", "d_out")
+  for name in sizes:
+    size = getattr(entry, name)
+    assert is_near(**{name: 2 * size}) and is_near(**{name: size // 2}), name
+    assert not is_near(**{name: 2 * size + 1}), name
+    assert not is_near(**{name: size // 2 - 1}), name
+  assert is_near(**{name: 2 * getattr(entry, name) for name in sizes})
+
+
+def test_measured_tiles_go_before_the_rule_with_the_blocks_of_the_device(
+  monkeypatch,
+):
+  op, problem = "up_projection", PROBLEMS[0]
+  measured = TileConfig(128, 128, num_stages=3, band_n=4)
+  assert tuning.heuristic(op, problem) != measured
+  tables = {(9, 0): (tuning.Entry(op, 2048, 128, 4096, 2048, measured),)}
+  monkeypatch.setattr(tuning, "table", lambda capability: tables[capability])
+  for num_cores, num_sms in ((132, 132), (78, 78), (None, 132)):
+    device = H200._replace(num_cores=num_cores)
+    got = tuning.tuned_config(op, problem._replace(device=device))
+    assert got == dataclasses.replace(measured, num_sms=num_sms)
+
+
+@pytest.mark.parametrize("op", tuning.OPS)
+def test_valid_tiles_and_their_stores_fit_in_shared_memory(op):
+  sides, most = (64, 128, 256), 0
+  for blocks in itertools.product(sides, sides):
+    for num_stages in range(1, 17):
+      config = TileConfig(*blocks, num_stages=num_stages)
+      if tuning.why_invalid(op, config) is None:
+        # Of 16 bits each: rows of 64, and two buffers of two warpgroups.
+        elements = num_stages * sum(blocks) * 64 + 2 * 2 * 64 * 64
+        most = max(most, 2 * elements)
+  # A block on Hopper has 227 KiB; a kilobyte is for barriers.
+  assert 0 < most <= 226 * 1024
+
+
 def test_tiles_that_cannot_run_are_refused_in_words():
   op = "group_xty_gathered_x"
   assert "shared memory" in tuning.why_invalid(
@@ -59,6 +113,9 @@ def test_tiles_that_cannot_run_are_refused_in_words():
   assert "takes 2" in tuning.why_invalid(op, one)
   assert tuning.why_invalid(op, two) is None
   assert "takes 3" in tuning.why_invalid("up_projection", two)
+  for block_k in (32, 128):
+    reason = tuning.why_invalid(op, TileConfig(block_k=block_k))
+    assert f"block_k = {block_k}" in reason
   none, negative = TileConfig(num_sms=0), TileConfig(band_n=-1)
   assert "num_sms = 0" in tuning.why_invalid(op, none)
   assert "band_n = -1" in tuning.why_invalid(op, negative)
