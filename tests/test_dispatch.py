@@ -54,6 +54,12 @@ def test_the_first_that_can_runs(asked, backend):
   assert choose_backend([asked]) is backend
 
 
+@pytest.mark.parametrize("more, first", [(0, "triton"), (1, "mosaic")])
+def test_triton_is_preferred_up_to_few_rows_of_each_expert(more, first):
+  few = 64 * contract.FEW_ROWS_PER_EXPERT
+  assert contract.preference(problem(H200, num_rows=few + more))[0] == first
+
+
 def test_hopper_runs_mosaic_where_jax_can():
   if reason := mosaic.check(problem(H200)):
     pytest.skip(reason)
