@@ -5,6 +5,7 @@ behind the seam of `interpreted_mosaic`. On a GPU the kernels themselves run in
 `test_backends.py`, with every other backend.
 """
 
+import builtins
 import dataclasses
 import functools
 import itertools
@@ -806,6 +807,7 @@ def test_runs_on_hopper_alone():
     (dict(dtype="float32"), "multiplies bfloat16 or float16, got float32"),
     (dict(d_in=100), "multiples of 8, got d_in = 100"),
     (dict(d_out=20), "multiples of 8, got d_out = 20"),
+    (dict(d_in=0), "multiples of 8, got d_in = 0"),
     (dict(num_rows=2**26), "array of rows, got 67108864 rows of d_in = 1024"),
   ],
 )
@@ -847,6 +849,30 @@ def test_a_function_of_an_older_jax_is_a_reason(monkeypatch, name, words):
   assert check() == f"this JAX is too old for mosaic: {words}"
   monkeypatch.delattr(plgpu, name)
   assert check() == f"this JAX is too old for mosaic: {words}"
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", ["inline_mgpu", "force_gpu_interpret_mode"])
+def test_what_an_older_jax_has_not_is_a_reason(monkeypatch, name):
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  monkeypatch.delattr(plgpu, name)
+  reason = mosaic.missing_feature.__wrapped__()
+  assert reason == f"this JAX is too old for mosaic: Pallas has no {name}"
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError])
+def test_a_jax_that_fails_to_import_pallas_is_a_reason(monkeypatch, error):
+  import_module = builtins.__import__
+
+  def fails(name, *args):
+    if name.startswith("jax.experimental.pallas"):
+      raise error("no such thing")
+    return import_module(name, *args)
+
+  monkeypatch.setattr(builtins, "__import__", fails)
+  reason = mosaic.missing_feature.__wrapped__()
+  assert reason == "this JAX does not import Pallas Mosaic GPU (no such thing)"
 
 
 def test_an_old_jax_is_a_reason_not_an_error():
