@@ -693,6 +693,56 @@ def test_blocks_load_large_matrices_together(monkeypatch, n, cluster):
   assert {blocks for blocks, *_ in launched} == {cluster}
 
 
+def plan_of(num_sms, d_out=2048, band_n=0):
+  """Returns the plan of a matrix that blocks load in pairs, if they can."""
+  from scattermoe_jax.kernels.mosaic.matmul_tiles import Plan
+
+  config = TileConfig(num_sms=num_sms, band_n=band_n)
+  return Plan(2**18, 128, 4096, d_out, jnp.bfloat16, config)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("num_sms, cluster", [(132, 2), (131, 1), (1, 1)])
+def test_an_odd_number_of_blocks_load_alone(num_sms, cluster):
+  assert plan_of(num_sms).cluster == cluster
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+  "band_n, numbers",
+  [
+    (2, [[0, 1, 6, 7, 12], [2, 3, 8, 9, 13], [4, 5, 10, 11, 14]]),
+    (4, [[0, 1, 2, 3, 12], [4, 5, 6, 7, 13], [8, 9, 10, 11, 14]]),
+    (0, np.arange(15).reshape(3, 5)),
+    (5, np.arange(15).reshape(3, 5)),
+  ],
+)
+def test_turns_go_through_a_band_of_columns_after_another(band_n, numbers):
+  from scattermoe_jax.kernels.mosaic.matmul_tiles import place_of_turn
+
+  plan = plan_of(132, d_out=5 * 128, band_n=band_n)
+  places = place_of_turn(plan, jnp.arange(15, dtype=jnp.int32), jnp.int32(3))
+  got = np.zeros((3, 5), int)
+  got[tuple(map(np.asarray, places))] = np.arange(15)
+  np.testing.assert_array_equal(got, numbers)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("num_turns", [0, 1, 3, 4, 10, 12])
+def test_blocks_take_all_turns_and_know_which_all_of_them_have(
+  monkeypatch, num_turns
+):
+  from scattermoe_jax.kernels.mosaic.matmul_tiles import Walk
+
+  monkeypatch.setattr(Walk, "_num_clusters", 4)
+  turns, plan = jnp.int32(num_turns), plan_of(8)
+  walks = [Walk(plan, None, i, 0, None, turns) for i in range(4)]
+  counts = [int(walk.num_tiles) for walk in walks]
+  assert counts == [len(range(i, num_turns, 4)) for i in range(4)]
+  for t in range(4):
+    assert walks[0].all_have_one(t) == all(count > t for count in counts)
+
+
 @needs_mosaic
 @pytest.mark.parametrize("steps", [32, 45, 64, 100])
 def test_all_blocks_report_as_often_and_in_order(steps):
