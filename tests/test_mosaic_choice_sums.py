@@ -143,6 +143,21 @@ def test_a_slice_takes_the_share_of_blocks_that_the_whole_takes():
   assert sum_plan(8) is not None and sum_plan(16) is None
 
 
+@pytest.mark.parametrize("blocks", [(128, 64), (128, 256), (64, 128)])
+def test_slots_of_a_sum_fit_in_each_warpgroups_share_of_the_ring(
+  monkeypatch, blocks
+):
+  sum_beside_every_product(monkeypatch)
+  x, y = operands(False, True, 256, 256)
+  rows = operands(True, True, 256, 256)[0]
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  config = TileConfig(*blocks, num_stages=4, num_sms=2)
+  plan = make_plan(x, y, routing, False, True, config)
+  groups = plan.with_sum(rows, routing).sum_plan.groups
+  # A slot is 16 bytes of each of 128 threads.
+  assert groups == min(plan.ring_shares) // (128 * 16 * routing.top_k)
+
+
 def test_each_slice_waits_until_the_one_before_is_gone(monkeypatch):
   sum_beside_every_product(monkeypatch)
   x, y = operands(False, True, 64, 64)

@@ -129,6 +129,26 @@ def test_blocks_draw_together_what_they_can_share(
     np.testing.assert_array_equal(here[::2], here[1::2])
 
 
+@pytest.mark.parametrize("num_stages, lag", [(2, 0), (3, 1), (4, 1)])
+def test_a_step_is_announced_before_its_stage_is_waited_for(num_stages, lag):
+  config = TileConfig(128, 64, num_stages=num_stages)
+  routing = route(jnp.asarray(IDS), EXPERTS)
+  for y_grouped in (False, True):
+    x, y = operands(False, y_grouped, 64, 64)
+    plan = make_plan(x, y, routing, False, y_grouped, config)
+    assert plan.lag == lag
+
+
+@pytest.mark.parametrize("num_tokens, by_tma", [(4, True), (6, False)])
+def test_rows_come_by_tma_where_they_fill_its_tiles(num_tokens, by_tma):
+  ids = IDS[:num_tokens]
+  x, y = operands(False, True, 64, 64, ids)
+  routing = route(jnp.asarray(ids), EXPERTS)
+  plan = make_plan(x, y, routing, False, True, TileConfig(128, 64))
+  assert (plan.right.by_tma, plan.aligned) == (by_tma, 8 if by_tma else 1)
+  assert not plan.left.by_tma
+
+
 def test_group_xty_refuses_tiles_that_would_wait_for_themselves():
   x, y = operands(False, True, 64, 64)
   routing = route(jnp.asarray(IDS), EXPERTS)
