@@ -744,6 +744,33 @@ def test_blocks_take_all_turns_and_know_which_all_of_them_have(
 
 
 @needs_mosaic
+def test_blocks_share_a_matrix_where_all_their_tiles_are_of_one_expert(
+  monkeypatch,
+):
+  from scattermoe_jax.kernels.mosaic.matmul_tiles import Walk
+
+  monkeypatch.setattr(Walk, "_num_clusters", 1)
+  plan, sizes = plan_of(2, d_out=512), jnp.array([300, 200], jnp.int32)
+  windows = window_schedule(sizes, 612, *plan.windows)
+  assert windows.expert_ids[:8].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+  index, turns_m, turns = map(jnp.int32, (0, 4, 16))
+  walk = Walk(plan, windows, index, index, turns_m, turns)
+  first_columns = [walk.entry(row * plan.num_tiles_n) for row in range(4)]
+  shared = [bool(entry.is_shared) for entry in first_columns]
+  assert shared == [True, False, True, True]
+
+
+@needs_mosaic
+def test_rows_of_no_group_are_multiplied_by_nothing():
+  from scattermoe_jax.kernels.mosaic.matmul_tiles import Walk
+
+  plan = plan_of(2)
+  walk = Walk(plan, None, 0, 0, None, None)
+  experts = jnp.array([0, plan.num_experts - 1, plan.num_experts])
+  assert walk.num_steps(experts).tolist() == [plan.steps, plan.steps, 0]
+
+
+@needs_mosaic
 @pytest.mark.parametrize("steps", [32, 45, 64, 100])
 def test_all_blocks_report_as_often_and_in_order(steps):
   from scattermoe_jax.kernels.mosaic import pace

@@ -139,6 +139,19 @@ def test_a_step_is_announced_before_its_stage_is_waited_for(num_stages, lag):
     assert plan.lag == lag
 
 
+def test_steps_that_begin_before_a_group_reach_its_end():
+  # The second group is of one step's rows, and is read from row 0 on.
+  ids = np.repeat(np.arange(3, dtype=np.int32), (3, 62, 15))[:, None]
+  x, y = operands(False, True, 64, 64, ids)
+  routing = route(jnp.asarray(ids), 3)
+  plan = make_plan(x, y, routing, False, True, TileConfig(128, 64))
+  parts, found = parts_of_groups(plan, routing), {}
+  for i in range(plan.num_tiles):
+    t = tile_at(plan, parts, jnp.int32(i))
+    found[int(t.expert)] = int(t.start), int(t.num_steps)
+  assert found == {0: (0, 1), 1: (0, 2), 2: (64, 1)}
+
+
 @pytest.mark.parametrize("num_tokens, by_tma", [(4, True), (6, False)])
 def test_rows_come_by_tma_where_they_fill_its_tiles(num_tokens, by_tma):
   ids = IDS[:num_tokens]
