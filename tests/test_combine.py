@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from scattermoe_jax import combine, route
-from scattermoe_jax.kernels import sum_choices
+from scattermoe_jax.kernels import composed, sum_choices
 from tests import oracle, strategies
 from tests.accuracy import assert_accurate
 from tests.strategies import Case
@@ -112,3 +112,14 @@ def test_second_derivatives_are_refused():
   loss = lambda gates: jnp.sum(combine(y, gates, routing) ** 2)
   with pytest.raises(NotImplementedError, match="combine: second derivatives"):
     jax.grad(lambda gates: jnp.sum(jax.grad(loss)(gates)))(gates)
+
+
+def test_gates_of_choices_not_here_are_zero_whatever_they_hold():
+  ids = jnp.array([[0, 2], [2, 1]], jnp.int32)
+  routing = route(ids, 2)
+  gates = jnp.array([[0.25, jnp.nan], [jnp.inf, 0.75]], jnp.float32)
+  here = composed.gates_here(gates, routing)
+  assert here.tolist() == [[0.25, 0.0], [0.0, 0.75]]
+  # Grouped: of each expert one, then those of none.
+  rows = composed.gates_of_rows(gates, routing)
+  assert rows.tolist() == [0.25, 0.75, 0.0, 0.0]
