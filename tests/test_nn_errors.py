@@ -155,6 +155,24 @@ def test_a_module_computes_and_keeps_floats(name, field):
   refuses(TypeError, message, module, *INPUTS[name])
 
 
+@pytest.mark.parametrize("is_boxed", [False, True], ids=["unboxed", "boxed"])
+@pytest.mark.parametrize("name", ["SMoEMLP", "SMoEBlock"])
+def test_parameters_made_for_a_mesh_are_for_one(name, is_boxed):
+  alone, meshed = MAKE[name](), MAKE[name](mesh_axes=sharding.MeshAxes("a"))
+  message = "^SMoEMLP: w_gate_up has the shape .* made {} mesh_axes; pass .*{}"
+  for made, used, words in (
+    (alone, meshed, ("without", "split_gate")),
+    (meshed, alone, ("with", "join_gate")),
+  ):
+    params = jax.eval_shape(made.init, KEY, *INPUTS[name])
+    params = params if is_boxed else nn.unbox(params)
+    with (
+      jax.set_mesh(jax.make_mesh((1,), ("a",))),
+      pytest.raises(ValueError, match=message.format(*words)),
+    ):
+      jax.eval_shape(used.apply, params, *INPUTS[name])
+
+
 @pytest.mark.parametrize("name", ["SMoEMLP", "SMoEBlock", "DenseMLP"])
 def test_mesh_axes_are_said_by_their_type(name):
   module = MAKE[name](mesh_axes="data")

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from scattermoe_jax.ops.checks import check_array as check_array
 from scattermoe_jax.ops.checks import check_floating
@@ -192,6 +193,23 @@ def check_not_negative(function: str, **values: Any) -> None:
     _check_known(function, name, value)
     if not value >= 0:
       raise ValueError(f"{function}: {name} must be at least 0, got {value}.")
+
+
+def check_gate_axis(function: str, w_gate_up: Any, *, is_split: bool) -> None:
+  """Raises ValueError if parameters have a gate axis, or lack it, wrongly.
+
+  Args:
+    function: the module.
+    w_gate_up: its parameter, None where there is none yet.
+    is_split: whether it should have an axis for gate and up.
+  """
+  shape = jnp.shape(meta.unbox(w_gate_up)) if w_gate_up is not None else ()
+  if len(shape) == (3 if is_split else 4):
+    made, view = ("without", "split") if is_split else ("with", "join")
+    raise ValueError(
+      f"{function}: w_gate_up has the shape {shape} of one made {made} "
+      f"mesh_axes; pass scattermoe_jax.sharding.{view}_gate(params)."
+    )
 
 
 def check_static(function: str, name: str, value: Any) -> None:

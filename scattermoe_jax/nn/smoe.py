@@ -146,6 +146,9 @@ class SMoEMLP(nn.Module):
     hidden: tuple[int, ...] = (n,)
     gate_name: tuple[None, ...] = ()
     in_init, bias_in_init = self.kernel_init, self.bias_init
+    if self.gated:
+      kept: Any = self.get_variable("params", "w_gate_up")
+      checks.check_gate_axis("SMoEMLP", kept, is_split=axes is not None)
     if self.gated and axes is None:
       hidden = (2 * n,)
     elif self.gated:
