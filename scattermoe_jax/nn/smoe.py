@@ -149,11 +149,10 @@ class SMoEMLP(nn.Module):
     if self.gated:
       kept: Any = self.get_variable("params", "w_gate_up")
       checks.check_gate_axis("SMoEMLP", kept, is_split=axes is not None)
-    if self.gated and axes is None:
       hidden = (2 * n,)
-    elif self.gated:
-      hidden, gate_name = (2, n), (None,)
-      in_init, bias_in_init = map(with_gate_axis, (in_init, bias_in_init))
+      if axes is not None:
+        hidden, gate_name = (2, n), (None,)
+        in_init, bias_in_init = map(with_gate_axis, (in_init, bias_in_init))
     w_in = self.param(
       "w_gate_up" if self.gated else "w_in",
       named(in_init, axes, "expert", "embed", *gate_name, "mlp"),

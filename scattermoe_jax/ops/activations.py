@@ -149,8 +149,8 @@ def get_activation(
     needs = "w_in of width 2n" if activation.gated else "w_in of width n"
     raise ValueError(
       f"{function}: activation {activation.name!r} needs {needs}: w_in has the "
-      f"width of a {'gated' if gated else 'plain'} one; both the layer's "
-      f"`gated` and the activation's must be {gated} or neither."
+      f"width of a {'gated' if gated else 'plain'} one; `gated` of "
+      "the activation and of the layer must agree."
     )
   return activation
 

@@ -176,7 +176,7 @@ class RowCopies(NamedTuple):
     def make(_, landed):
       text = "@$0 mbarrier.init.shared::cta.b64 [$1], $2;"
       for slot in range(stages):
-        barrier = lt.at_byte(lt.shared_pointer(landed), slot * _BARRIER_BYTES)
+        barrier = _barrier(landed, lt.const(slot))
         operands = [lt.is_thread(0), barrier, lt.const(lt.WARPGROUP)]
         lt.run_ptx(text, "b,r,r", operands)
       return ()
@@ -207,7 +207,8 @@ class RowCopies(NamedTuple):
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), lt.SCALAR, lt.SCALAR))
     def wait(_, landed, slot, turn):
       parity = arith.andi(lt.scalar(turn), lt.const(1))
-      lt.run_ptx(_WAIT, "r,r", [_barrier(landed, slot), parity])
+      barrier = _barrier(landed, lt.scalar(slot))
+      lt.run_ptx(_WAIT, "r,r", [barrier, parity])
       lt.fence_async_shared()
       return ()
 
@@ -264,14 +265,14 @@ class RowCopies(NamedTuple):
 def _at_barrier(text: str, landed, slot) -> None:
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), lt.SCALAR))
   def run(_, landed, slot):
-    lt.run_ptx(text, "r", [_barrier(landed, slot)])
+    lt.run_ptx(text, "r", [_barrier(landed, lt.scalar(slot))])
     return ()
 
   run(landed, lt.int32(slot))
 
 
-def _barrier(landed, slot) -> ir.Value:
-  place = arith.muli(lt.scalar(slot), lt.const(_BARRIER_BYTES))
+def _barrier(landed, slot: ir.Value) -> ir.Value:
+  place = arith.muli(slot, lt.const(_BARRIER_BYTES))
   return lt.at_byte(lt.shared_pointer(landed), place)
 
 
